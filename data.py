@@ -3,17 +3,32 @@
     python data.py world --out tests/world.png                  # a contact sheet of the tiny world
 """
 import argparse
+import contextlib
 import csv
+import dataclasses
 import functools
+import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
+import re
+import signal
+import statistics
 import sys
+import textwrap
+import threading
+import time
+import traceback
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 # =====================================================================================================================
 # The tiny world: procedurally drawn scenes with GenEval's six tasks and GenEval's meta data
@@ -381,6 +396,310 @@ def _rows(suffix, text):
     if suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
     return json.loads(text) if lines else []
+
+
+# =====================================================================================================================
+# What comes out of a run: ranks, seeds, command line, metrics, pictures, checkpoints
+# =====================================================================================================================
+# Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are counted
+# over all processes, so that 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
+
+def mix(*key):
+    """One seed from several whole numbers, such as (seed, step, group); different keys give unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def noise(shape, *key, device="cpu", dtype=torch.float32):
+    """Standard Gaussian noise, a function of the key alone: the same on every device and number of processes."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(mix(*key))).to(device, dtype)
+
+
+def uniform(n, *key):
+    """n uniform draws from [0, 1) as floats, a function of the key alone."""
+    rng = random.Random(mix(*key))
+    return [rng.random() for _ in range(n)]
+
+
+def cli(config, presets, argv=None):
+    """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
+
+    presets: {name: {field: value}}; --preset's values stand under the flags that are given. Returns the dataclass, whose
+    __post_init__ may raise ValueError.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(config).__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config):
+        flag, help = "--" + field.name.replace("_", "-"), f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", config.preset)
+    if preset not in presets:
+        raise ValueError(f"unknown --preset {preset!r}: {', '.join(presets)}")
+    return config(**{**presets[preset], **given, "preset": preset})
+
+
+def choose(name, value, options):
+    """Raise ValueError unless value is one of the options: a flag with an unknown word is refused, never ignored."""
+    if value not in options:
+        raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(map(str, options))}")
+
+
+def check_common(cfg):
+    """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.group_size < 2:
+        raise ValueError(f"--group-size {cfg.group_size}: an advantage compares images of one prompt, so 2 or more")
+    if cfg.groups < 1 or cfg.groups % world:
+        raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, since "
+                         f"its images are compared with each other. Try --groups {max(1, -(-cfg.groups // world)) * world}.")
+    for name in ("steps", "sample_steps", "eval_steps", "eval_images", "micro_batch", "updates"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: 1 or more")
+    for name in ("lr", "minutes"):
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: more than 0")
+    choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
+
+
+@contextlib.contextmanager
+def exit_codes():
+    """0 done; 2 and one line for what our own code refuses; 1 and a traceback for anything else (a bug, ours or not)."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent != pathlib.Path(__file__).resolve().parent:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
+
+
+class Run:
+    """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
+
+    Made first by every `train`. Opens OUT (a free one by default), refuses one that holds another run, and finds the
+    state to resume from. Counters are global: images made, network passes forward and backward, optimizer updates.
+    """
+
+    def __init__(self, cfg, method):
+        self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.stopping, self.norms = False, []
+        self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
+        self.out, self.state = self._open(method)
+        if self.state:
+            self.count, self.norms = self.state["count"], self.state["norms"]
+        self.start = time.time() - self.count["seconds"]
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self._stop)
+        self.say(f"python {' '.join(sys.argv)}\n{method} on {self.world} x {self.device.type}, out: {self.out}")
+
+    def _stop(self, *_):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.say("\nstopping after this step; a second Ctrl-C stops at once")
+
+    def _open(self, method):
+        cfg, file = self.cfg, "last/state.pt"
+        runs = sorted(pathlib.Path("runs").glob(f"{method}-*"), key=lambda path: path.stat().st_mtime)
+        if cfg.out:
+            out = pathlib.Path(cfg.out)
+        elif cfg.resume:
+            if not runs:
+                raise ValueError(f"--resume: there is no runs/{method}-* to resume; name one by --out")
+            out = runs[-1]
+        else:
+            out = next(path for n in range(1, 10**6) if not (path := pathlib.Path(f"runs/{method}-{n:03d}")).exists())
+        if self.world > 1:                                            # one name for all: the first process looked
+            box = [str(out)]
+            dist.broadcast_object_list(box)
+            out = pathlib.Path(box[0])
+        settings, state = dataclasses.asdict(cfg), None
+        if cfg.resume:
+            if not (out / file).is_file():
+                raise ValueError(f"--resume: {out / file} does not exist; leave --resume away to start a run there")
+            with open(out / "config.json", encoding="utf-8") as f:
+                before = json.load(f)
+            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every")
+            for key, value in settings.items():
+                if key not in free and before.get(key) != value:
+                    raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
+            try:
+                state = torch.load(out / file, map_location=self.device, weights_only=True)
+            except Exception as error:
+                raise ValueError(f"{out / file} is damaged ({type(error).__name__}); start anew with another --out") from None
+        elif out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
+        if self.rank == 0:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            (out / "last").mkdir(exist_ok=True)
+            if state:                                                 # rows that the lost steps wrote are written again
+                rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+                rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["count"]["step"]]
+                write_atomic(out / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())
+            else:
+                write_atomic(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        return out, state
+
+    def say(self, text):
+        """Print on the first process, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def done(self):
+        """Is it time to end: all steps, the minutes used up, or a signal? The same answer on every process."""
+        over = self.count["step"] >= self.cfg.steps or time.time() - self.start > 60 * self.cfg.minutes or self.stopping
+        return bool(self.sum(torch.tensor(float(over)))) if self.world > 1 else over
+
+    # -- exchange between processes: rewards, gradients, sums ---------------------------------------------------------
+
+    def mine(self, x):
+        """This process's slice of a global batch, a tensor or a list."""
+        n = len(x) // self.world
+        return x[self.rank * n:(self.rank + 1) * n]
+
+    def gather(self, x):
+        """The global batch (B, ...) from every process's slice, in the order of the ranks."""
+        if self.world == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def sum(self, x):
+        """The sum of a small tensor over all processes."""
+        if self.world > 1:
+            x = x.to(self.device)
+            dist.all_reduce(x)
+        return x
+
+    def update(self, opt, params, max_norm, skip_above=20.0):
+        """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
+
+        A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
+        said and counted.
+        """
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            grads = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+        limit = skip_above * statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
+        if not math.isfinite(norm) or norm > limit:
+            self.count["skipped"] += 1
+            self.say(f"update {self.count['updates']} skipped: gradient norm {norm:.3g}, limit {limit:.3g}")
+        else:
+            torch._foreach_mul_(grads, min(1.0, max_norm / (norm + 1e-6)))
+            for p, g in zip(params, grads):
+                p.grad = g
+            opt.step()
+            self.norms = (self.norms + [norm])[-50:]
+        opt.zero_grad(set_to_none=True)
+        self.count["updates"] += 1
+        return norm
+
+    # -- what is written ----------------------------------------------------------------------------------------------
+
+    def log(self, row):
+        """Append one line to metrics.jsonl: the counters, then the row."""
+        self.count["seconds"] = round(time.time() - self.start, 3)
+        if self.rank == 0:
+            row = {**self.count, **{key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()}}
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def save(self, state):
+        """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters."""
+        if self.rank == 0:
+            buffer = io.BytesIO()
+            torch.save({**state, "count": self.count, "norms": self.norms}, buffer)
+            write_atomic(self.out / "last" / "state.pt", buffer.getvalue())
+
+
+def write_atomic(path, content):
+    """Write bytes to a file so that a kill leaves the old file or the new one, never a part."""
+    new = pathlib.Path(f"{path}.new")
+    with open(new, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, path)
+
+
+def groups(metas, n, group_size, *key):
+    """n prompts drawn for one step, each repeated group_size times: (prompts, metas), n * group_size long."""
+    rows = [meta for meta in draw_prompts(metas, n, mix(*key)) for _ in range(group_size)]
+    return [meta["prompt"] for meta in rows], rows
+
+
+def masked_reward(run, score, images, prompts, metas):
+    """Score this process's images and gather: (B,) float32 on the CPU, all processes', NaN where the reward failed.
+
+    Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of the batch.
+    """
+    try:
+        reward = score(images, prompts, metas)
+    except Exception as error:
+        raise ValueError(f"the reward {run.cfg.reward} failed: {type(error).__name__}: {error}") from error
+    if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
+        got = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
+        raise ValueError(f"the reward {run.cfg.reward} returned {got} for {len(prompts)} images: it must return one number each")
+    reward = run.gather(reward.detach().float().to(run.device)).cpu()
+    reward = torch.where(reward.isfinite(), reward, torch.nan)
+    failed = int(reward.isnan().sum())
+    if failed > len(reward) / 10:
+        raise ValueError(f"the reward {run.cfg.reward} gave NaN or infinity for {failed} of {len(reward)} images, more than "
+                         f"a tenth: nothing can be learned from it")
+    return reward
+
+
+def image_stats(images, group_size):
+    """What reward hacking moves first, as floats: saturation, contrast, ground, diversity. images (B, 3, H, W) in [0, 1].
+
+    saturation: mean of max - min over the channels; contrast: mean standard deviation of an image's grey levels;
+    ground: roughness of the ground, the median difference of neighbouring pixels, 0 = flat;
+    diversity: mean standard deviation of a pixel within a group.
+    """
+    images = images.float()
+    grey = images.mean(1)
+    step = torch.cat([(images[..., 1:] - images[..., :-1]).flatten(1), (images[..., 1:, :] - images[..., :-1, :]).flatten(1)], 1)
+    return {"saturation": (images.amax(1) - images.amin(1)).mean().item(), "contrast": grey.flatten(1).std(1).mean().item(),
+            "ground": step.abs().median(1).values.mean().item(),
+            "diversity": images.unflatten(0, (-1, group_size)).std(1).mean().item()}
+
+
+def picture(path, rows, captions, titles, scale=3):
+    """Save rows of images under captions as one PNG. rows: list of (B, 3, H, W) in [0, 1], one title each."""
+    font, text, pad, left = ImageFont.load_default(11), 34, 6, 58
+    size = rows[0].shape[-1]
+    side = size * scale if size < 128 else size // -(-size // 192)
+    sheet = Image.new("RGB", (left + len(captions) * (side + pad), text + len(rows) * (side + pad)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, caption in enumerate(captions):
+        lines = textwrap.wrap(caption.removeprefix("a photo of "), max(8, side // 6))
+        draw.multiline_text((left + j * (side + pad), 2), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
+    for i, (images, title) in enumerate(zip(rows, titles)):
+        top = text + i * (side + pad)
+        draw.text((2, top + side // 2 - 6), title, fill="black", font=font)
+        tiles = (images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        for j, tile in enumerate(tiles[:len(captions)]):
+            sheet.paste(Image.fromarray(tile).resize((side, side), Image.NEAREST if size < 128 else Image.LANCZOS),
+                        (left + j * (side + pad), top))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
 
 
 # =====================================================================================================================
