@@ -1,0 +1,412 @@
+"""DGPO: direct group preference optimization for flow-matching text-to-image models, in one file.
+
+Sample a group of images per prompt with a fast ODE, score them, and teach the network to denoise the better ones better
+than the reference does, the worse ones worse. No stochastic policy, no log-probs, no trajectory to store.
+Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the paper's.
+
+    (1) [12]      A_i = (r_i - mean_g r) / std_g r                                                  group_advantage
+    (2) [13, 14]  G+ = {A > 0}, G- = {A <= 0}, w = |A|: both signs at once in  sum_i A_i (...)          dgpo_loss
+    (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
+    (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
+    (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
+
+Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are folded
+into beta, as in the released code; the loss is divided by beta, so that kl_beta keeps its meaning when beta changes.
+The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here.
+
+    python dgpo.py                                              # the tiny model, minutes on a laptop CPU
+    torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import models
+import rewards
+from csrc import ops
+
+# ============================================================================================================= Config
+
+
+@dataclass
+class Config:
+    model: str = "tiny"                 # tiny, or a directory in the diffusers layout
+    weights: str = ""                   # the model's directory, where it is not the name's own
+    method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
+    preset: str = "tiny"                # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
+    reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
+    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
+    steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
+    minutes: float = 4.0                # stop after so many, evaluation at the end not counted
+    sample_steps: int = 10              # network evaluations of a rollout                         [paper, Sec. 4.1]
+    eval_steps: int = 10                # the same for evaluation
+    groups: int = 8                     # prompts a rollout, over all processes
+    group_size: int = 24                # G, images a prompt                                       [released code: 16]
+    resolution: int = 0                 # pixels; 0: the checkpoint's own
+    sampler: str = "euler"              # rollouts by euler, dpm (DPM-Solver++(2M)) or sde (the ablation)
+    schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
+    shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
+    noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
+    beta: float = 100.0                 # Eq. (4)                                                  [released code]
+    dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
+    t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]                           [paper, Sec. 3.2]
+    timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
+    grid: bool = False                  # draw t from the sampler's own times instead of U[t_min, 1]    [released code]
+    updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
+    ref: str = "start"                  # theta_ref: start (frozen), ema, or old (the weights that sampled)
+    rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the reference model)
+    ema: float = 0.95                   # decay of the moving average, per update; evaluated and saved (0: off)
+    clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
+    kl_beta: float = 0.0                # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
+    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
+    adv_std: str = "group"              # (1): group, batch or none
+    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
+    cfg_train: float = 1.0              # of the trained network in the loss
+    cfg_ref: float = 1.0                # of the reference in the loss
+    cfg_eval: float = 1.0               # of evaluation
+    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
+    lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
+    lr: float = 1e-4                    # AdamW, constant                                          [released code: 3e-4]
+    weight_decay: float = 1e-4          # AdamW                                                    [released code]
+    max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
+    micro_batch: int = 96               # images at once, rounded to whole groups
+    dtype: str = "float32"              # of the network: float32, bfloat16; float64 for tests
+    eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
+    eval_images: int = 600              # test images, before and after
+    val_images: int = 240               # validation images, on the way
+    save_every: int = 10                # steps between checkpoints
+    seed: int = 0                       # everything random is a function of (seed, step, group)
+    out: str = ""                       # the run's folder; empty: a free runs/dgpo-NNN
+    resume: bool = False                # go on from OUT/last, bit for bit
+    fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
+
+    def __post_init__(self):
+        data.check_common(self)
+        for name, options in dict(method=("dgpo", "diffusion-dpo"), sampler=("euler", "dpm", "sde"),
+                                  dsm=("v", "x0", "elbo"), ref=("start", "ema", "old"),
+                                  schedule=("linear", "sd3", "dpm"), adv_std=("group", "batch", "none"),
+                                  rollout=("current", "ema", "start")).items():
+            data.choose(name, getattr(self, name), options)
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"--t-min {self.t_min}: 0 or more and less than 1")
+        if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout)):
+            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref or --rollout is ema")
+        if self.beta <= 0 or self.kl_beta < 0 or self.clip_range < 0 or self.timesteps < 1:
+            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta} and --clip-range "
+                             f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
+
+
+SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
+             sampler="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4, eval_steps=14,
+             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24)
+PRESETS = {
+    "tiny": {},
+    "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0},
+    "official": {**SD35M, "group_size": 16, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8, "grid": True,
+                 "clip_range": 1e-2, "kl_beta": 0.02, "ema": 0.99}}
+
+
+# =============================================================================================================== math
+
+# == same: advantage (dgpo grpo) ==
+def group_advantage(reward, group_size, std="group"):
+    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+
+    reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
+    std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
+    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    """
+    return ops.group_advantage(reward, group_size, std)
+# == end ==
+
+
+def dsm_loss(v, x_0, eps, t, weight="v"):
+    """The denoising loss of Eq. (3), mean over dimensions: lambda_t |x_0hat - x_0|^2, where x_0hat = x_t - t v.
+
+    v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight "v",
+    lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the slope of
+    the signal-to-noise ratio (1 - t)^2/t^2, what the likelihood bound asks for. Returns (B,). Source: DGPO, Eq. 22.
+    """
+    error = (eps - x_0 - v).square().flatten(1).mean(1)                # t^-2 |x_0hat - x_0|^2  (B,)
+    return {"v": 1.0, "x0": t ** 2, "elbo": (1 - t) / t}[weight] * error
+
+
+def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
+    """Direct group preference loss, Eq. (4): z_g = beta/G sum_i A_i (l_i - l_ref,i), L = mean_g -log sigmoid(-z_g).
+
+    dsm, dsm_ref: (B,) float32, the mean over dimensions, groups contiguous; adv: (B,), positive for G+, so that A_i is
+    w_i with its sign. Returns the loss (). Source: DGPO, Eq. 17.
+    """
+    z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)
+    return -F.logsigmoid(-z).mean()
+
+
+def clip_dsm(dsm, dsm_old, adv, clip_range):
+    """The PPO-like clip of the released code: no gradient to l_i once r = exp(l_old - l) has gone far enough.
+
+    Far enough: r > 1 + c where A > 0, r < 1 - c where A < 0. dsm, dsm_old, adv: (B,). Returns (B,), the value unchanged.
+    """
+    ratio = (dsm_old - dsm.detach()).exp()                             # (B,)
+    stop = ((adv > 0) & (ratio > 1 + clip_range)) | ((adv < 0) & (ratio < 1 - clip_range))
+    return torch.where(stop, dsm.detach(), dsm)
+
+
+def best_and_worst(adv, group_size):
+    """Diffusion-DPO's pairs: indices (2P,) of each group's best and worst image, in turn, and their advantages 1, -1."""
+    table = adv.view(-1, group_size)                                   # (P, G)
+    first = torch.arange(len(table), device=adv.device) * group_size
+    pairs = torch.stack([first + table.argmax(1), first + table.argmin(1)], 1)             # (P, 2)
+    differ = table.amax(1) > table.amin(1)                             # a group without a better image teaches nothing
+    sign = torch.tensor([1.0, -1.0], device=adv.device, dtype=adv.dtype)
+    return pairs.flatten(), (differ[:, None] * sign).flatten()
+
+
+# ============================================================================================================ sampler
+
+# == same: sampler (dgpo grpo slas) ==
+def guided(net, x, t, ctx, null, scale):
+    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two in one batch.
+
+    x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
+    float64 for a float64 network.
+    """
+    dtype = next(net.parameters()).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    t = torch.full((len(x),), t, device=x.device, dtype=wide) if isinstance(t, float) else t
+    if scale == 1:
+        return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
+    both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
+    uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), *both).to(wide).chunk(2)
+    return ops.cfg_combine(uncond, cond, scale)
+
+
+def euler_step(v, x_t, t, t_next):
+    """One Euler step of the probability-flow ODE dx = v dt. v, x_t (B, C, H, W) float32; t, t_next: floats."""
+    return x_t + (t_next - t) * v
+
+
+def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
+    """One step of DPM-Solver++(2M) on flow times: alpha = 1 - t, sigma = t, lambda = ln(alpha / sigma).
+
+    x_0hat: this step's clean estimate x_t - t v; x_0hat_last, t_last: the step's before, None at the first step. First
+    order without them and for t_next = 0 (where lambda is infinite). Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    """
+    if t_next == 0:
+        return x_0hat
+    lam, lam_next = (math.log((1 - s) / s) for s in (t, t_next))
+    h, d = lam_next - lam, x_0hat
+    if x_0hat_last is not None:
+        r = (lam - math.log((1 - t_last) / t_last)) / h
+        d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
+    return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
+
+
+def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
+    """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
+
+    v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, where t_cap < 1, the schedule's second
+                  time, stands for t in 1 - t; ValueError without it.      Flow-GRPO, arXiv:2505.05470, Eq. 9
+    kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
+         both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
+    """
+    dt = t_next - t
+    x_0hat, x_1hat = x_t - t * v, x_t + (1 - t) * v                                        # clean and noise estimates
+    if kind == "cps":
+        std = t_next * math.sin(noise_level * math.pi / 2)
+        mean = (1 - t_next) * x_0hat + math.sqrt(t_next ** 2 - std ** 2) * x_1hat
+    elif kind in ("flow", "dance"):
+        if kind == "flow" and t == 1 and t_cap is None:
+            raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
+        s = noise_level * (math.sqrt(t / (1 - (t_cap if t == 1 else t))) if kind == "flow" else 1)
+        std = s * math.sqrt(-dt)
+        mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
+    else:
+        raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
+@torch.no_grad()
+def sample(pipe, prompts, keys, cfg, scale):
+    """Images (B, 3, H, W) in [0, 1] by Euler's method, eval_steps of it, from noise that is a function of the keys."""
+    ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
+    device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
+    for i in range(0, len(prompts), cfg.micro_batch):
+        ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
+        x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
+        for t, t_next in zip(ts, ts[1:]):
+            x = euler_step(guided(pipe.net, x, t, ctx, null, scale), x, t, t_next)
+        images.append(pipe.decode(x))
+    return torch.cat(images)
+
+
+def evaluate(pipe, rows, score, cfg, run, scale):
+    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+
+    Returns the mean and {tag: mean} over GenEval's tags.
+    """
+    own = list(range(run.rank, len(rows), run.world))
+    prompts = [rows[i]["prompt"] for i in own]
+    images = sample(pipe, prompts, [("eval", i) for i in own], cfg, scale)
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    total[own] = score(images, prompts, [rows[i] for i in own]).double().cpu()
+    total, tags = run.sum(total).cpu(), [row.get("tag", "all") for row in rows]
+    return total.mean().item(), {tag: round(total[[t == tag for t in tags]].mean().item(), 4) for tag in dict.fromkeys(tags)}
+# == end ==
+
+
+@torch.no_grad()
+def rollout(pipe, prompts, ctx, null, cfg, step, group):
+    """Images to learn from, (B, C, H, W) latents: whole groups, each group's noise a function of (seed, step, group).
+
+    group: the global number of the first group. ODE by default; sampler "sde" is the paper's ablation (Sec. 4.3).
+    """
+    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
+    shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
+    count = len(prompts) // cfg.group_size
+
+    def draw(name):                                                    # (B, C, H, W)
+        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
+                          for g in range(count)])
+    x, last, t_last = draw("start"), None, None
+    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+        v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
+        if cfg.sampler == "euler":
+            x = euler_step(v, x, t, t_next)
+        elif cfg.sampler == "dpm":
+            x_0hat = x - t * v
+            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+        else:
+            x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
+    return x
+
+
+# ============================================================================================================== train
+
+def train(cfg):
+    run = data.Run(cfg, "dgpo")
+    ops.use(cfg.fused)
+    torch.manual_seed(cfg.seed)
+    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device)
+    net = pipe.net
+    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, models.LORA_TARGETS) if cfg.lora_rank else \
+        models.trainable(net.requires_grad_(True))
+    start = [p.detach().clone() for p in params]                       # the model before RL
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
+    test, val = (data.draw_prompts(rows[split], n, split) for split, n in (("test", cfg.eval_images), ("val", cfg.val_images)))
+    null = pipe.encode_text([""])
+    times = [t for t in models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule) if t >= cfg.t_min and t > 0]
+    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
+    mine = cfg.groups // run.world                                     # groups of this process
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+
+    before = {}
+    if run.state:
+        data.restore(params, run.state["params"])
+        data.restore(ema or [], run.state["ema"])
+        opt.load_state_dict(run.state["opt"])
+        before = run.state["before"]
+    else:
+        before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
+        run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
+        run.log({"eval_test": before["eval"]})
+
+    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
+               desc="dgpo", unit="step", dynamic_ncols=True)
+    while not run.done():
+        step = run.count["step"]
+        # 1. Roll out with theta-. A group never spans two processes.
+        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
+        old = {"current": [p.detach().clone() for p in params] if cfg.clip_range or cfg.ref == "old" else None,
+               "ema": ema and [p.clone() for p in ema], "start": start}[cfg.rollout]
+        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
+        with models.using(params, old):
+            x_0 = torch.cat([rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
+                                     run.rank * mine + s.start // cfg.group_size) for s in chunks])     # (B, C, H, W)
+        # 2. Reward
+        images = torch.cat([pipe.decode(x_0[s]) for s in chunks])
+        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        # 3. Advantage, over the whole batch of all processes; each keeps its slice
+        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
+        adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
+        if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group
+            keep, adv = best_and_worst(adv, G)
+            x_0, ctx, G = x_0[keep], [c[keep] for c in ctx], 2
+        # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
+        ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
+        logs = []
+        for update in range(cfg.updates):
+            for draw in range(cfg.timesteps):
+                for g in range(0, mine, chunk):
+                    s, n = slice(g * G, (g + chunk) * G), min(chunk, mine - g)
+                    key = [(cfg.seed, step, run.rank * mine + g + j, update, draw) for j in range(n)]
+                    u = [data.uniform(1, *k, "t")[0] for k in key]
+                    t = [times[int(a * len(times))] if cfg.grid else 1 - a * (1 - cfg.t_min) for a in u]
+                    t = torch.tensor(t, device=run.device, dtype=x_0.dtype).repeat_interleave(G)      # (n G,)
+                    eps = torch.stack([data.noise(x_0.shape[1:], *k, "eps", device=run.device, dtype=x_0.dtype)
+                                       for k in key]).repeat_interleave(G, 0)              # (n G, C, H, W)
+                    x_t = torch.lerp(x_0[s], eps, t[:, None, None, None])
+                    part = [c[s] for c in ctx]
+                    with torch.no_grad(), models.using(params, ref):
+                        v_ref = guided(net, x_t, t, part, null, cfg.cfg_ref)
+                    v = guided(net, x_t, t, part, null, cfg.cfg_train)
+                    dsm, dsm_ref = (dsm_loss(a, x_0[s], eps, t, cfg.dsm) for a in (v, v_ref))         # (n G,)  Eq. (3)
+                    if cfg.clip_range:
+                        with torch.no_grad(), models.using(params, old):
+                            v_old = guided(net, x_t, t, part, null, cfg.cfg_train)
+                        dsm = clip_dsm(dsm, dsm_loss(v_old, x_0[s], eps, t, cfg.dsm), adv[s], cfg.clip_range)
+                    loss = dgpo_loss(dsm, dsm_ref, adv[s], G, cfg.beta) / cfg.beta         # Eq. (4)
+                    kl = (v - v_ref).square().mean()
+                    ((loss + cfg.kl_beta * kl) * n / cfg.groups / cfg.timesteps).backward()
+                    logs.append(torch.stack([loss.detach() * cfg.beta, kl.detach(), dsm.detach().mean()]))
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            if ema:
+                torch._foreach_lerp_(ema, [p.data for p in params], 1 - cfg.ema)
+        # 5. Report
+        run.count["step"] += 1
+        run.count["images"] += cfg.groups * cfg.group_size
+        run.count["forwards"] += cfg.groups * (cfg.group_size * cfg.sample_steps * (1 + (cfg.cfg_rollout != 1)) + G
+                                               * cfg.updates * cfg.timesteps * (2 + (cfg.cfg_ref != 1) + (cfg.cfg_train != 1)
+                                                                                + (cfg.clip_range > 0)))
+        run.count["backwards"] += cfg.groups * G * cfg.updates * cfg.timesteps
+        loss, kl, dsm = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
+               "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
+        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            with models.using(params, ema):
+                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
+        run.log(row)
+        if run.count["step"] % cfg.save_every == 0:
+            run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+        bar.update()
+    bar.close()
+    run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+    data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
+
+
+def main(argv=None):
+    with data.exit_codes():
+        train(data.cli(Config, PRESETS, argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""Flow-GRPO: policy gradients for flow-matching text-to-image models, in one file.
+
+Sample G images per prompt with an SDE, score them, make the steps that led to better-than-average ones more likely.
+Paper: Liu et al., Flow-GRPO, arXiv:2505.05470v5. (n) is this file's number, [n] that version's.
+
+    (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
+    (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
+    (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
+    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2)                                                              kl_loss
+
+Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code lacks
+the dt of the true Gaussian KL (--kl-form names the three in use).
+
+    python grpo.py                                              # the tiny model, minutes on a laptop CPU
+    torchrun --nproc_per_node 2 grpo.py                         # the same run on two processes
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import data
+import models
+import rewards
+from csrc import ops
+
+# ============================================================================================================= Config
+
+
+@dataclass
+class Config:
+    model: str = "tiny"                 # tiny, or a directory in the diffusers layout
+    weights: str = ""                   # the model's directory, where it is not the name's own
+    method: str = "flow"                # flow (Flow-GRPO)
+    preset: str = "tiny"                # tiny, paper, official (the released SD3.5-M GenEval run)
+    reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
+    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
+    steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
+    minutes: float = 4.0                # stop after so many, evaluation at the end not counted
+    sample_steps: int = 10              # T, network evaluations of a rollout                      [paper, Sec. 5.1]
+    eval_steps: int = 10                # the same for evaluation, by ODE                          [paper: 40]
+    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 48]
+    group_size: int = 24                # G, images a prompt                                       [paper, Sec. 5.1]
+    resolution: int = 0                 # pixels; 0: the checkpoint's own
+    schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
+    shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
+    sde: str = "flow"                   # kind of SDE, Eq. (2): flow, dance, cps
+    noise_level: float = 0.7            # a in Eq. (2)                                             [paper, Sec. 5.1]
+    window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
+    train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all    [paper: all]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups            [released code]
+    clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
+    kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
+    kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
+    ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
+    ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
+    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
+    adv_std: str = "group"              # (1): group (paper), batch (released code) or none
+    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
+    cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
+    cfg_ref: float = 1.0                # of the reference in the KL
+    cfg_eval: float = 1.0               # of evaluation
+    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    lora_rank: int = 0                  # 0: train all weights                                     [released code: 32]
+    lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                       [released code]
+    lr: float = 1e-4                    # AdamW, constant                                          [released code: 3e-4]
+    weight_decay: float = 1e-4          # AdamW                                                    [released code]
+    max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
+    micro_batch: int = 96               # images at once, rounded to whole groups
+    dtype: str = "float32"              # of the network: float32, bfloat16; float64 for tests
+    eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
+    eval_images: int = 600              # test images, before and after
+    val_images: int = 240               # validation images, on the way
+    save_every: int = 10                # steps between checkpoints
+    seed: int = 0                       # everything random is a function of (seed, step, group)
+    out: str = ""                       # the run's folder; empty: a free runs/grpo-NNN
+    resume: bool = False                # go on from OUT/last, bit for bit
+    fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
+
+    def __post_init__(self):
+        data.check_common(self)
+        for name, options in dict(method=("flow",), sde=("flow", "dance", "cps"), schedule=("linear", "sd3", "dpm"),
+                                  kl_form=("flow-grpo", "gaussian", "velocity"),
+                                  adv_std=("group", "batch", "none")).items():
+            data.choose(name, getattr(self, name), options)
+        if not 0 <= self.ema < 1 or self.ema_every < 1:
+            raise ValueError(f"--ema {self.ema}: 0 or more and less than 1; --ema-every {self.ema_every}: 1 or more")
+        if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
+            raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
+                             f"--kl-beta {self.kl_beta} 0 or more")
+        if self.groups % self.updates:
+            raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
+        if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
+            raise ValueError(f"--window {self.window} and --train-steps {self.train_steps}: between 0 (all) and "
+                             f"--sample-steps {self.sample_steps}")
+
+
+SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
+             schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6, train_steps=0,
+             clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_eval=4.5, cfg_also=0.0, eval_every=60, micro_batch=24)
+PRESETS = {
+    "tiny": {},
+    "paper": {**SD35M, "kl_beta": 0.04, "kl_form": "gaussian", "updates": 1},
+    "official": {**SD35M, "kl_beta": 0.04, "cfg_ref": 4.5, "adv_std": "batch", "ema_every": 8}}
+
+
+# =============================================================================================================== math
+
+# == same: advantage (dgpo grpo) ==
+def group_advantage(reward, group_size, std="group"):
+    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+
+    reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
+    std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
+    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    """
+    return ops.group_advantage(reward, group_size, std)
+# == end ==
+
+
+def policy_loss(logp, logp_old, adv, clip_range):
+    """Clipped surrogate, Eq. (3), to be minimised.
+
+    logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
+    Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
+    """
+    ratio = (logp - logp_old).exp()                                    # r_i  (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
+    return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
+                  "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+
+
+def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
+    """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
+
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt < 0. Three forms are in use:
+    gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
+    flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
+    velocity   |v - v_ref|^2                           DGPO's
+    """
+    if form == "velocity":
+        return (v - v_ref).square().mean()
+    return (mean - mean_ref).square().mean() / (2 * std ** 2) * (-dt if form == "flow-grpo" else 1)
+
+
+# ============================================================================================================ sampler
+
+# == same: sampler (dgpo grpo slas) ==
+def guided(net, x, t, ctx, null, scale):
+    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two in one batch.
+
+    x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
+    float64 for a float64 network.
+    """
+    dtype = next(net.parameters()).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    t = torch.full((len(x),), t, device=x.device, dtype=wide) if isinstance(t, float) else t
+    if scale == 1:
+        return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
+    both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
+    uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), *both).to(wide).chunk(2)
+    return ops.cfg_combine(uncond, cond, scale)
+
+
+def euler_step(v, x_t, t, t_next):
+    """One Euler step of the probability-flow ODE dx = v dt. v, x_t (B, C, H, W) float32; t, t_next: floats."""
+    return x_t + (t_next - t) * v
+
+
+def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
+    """One step of DPM-Solver++(2M) on flow times: alpha = 1 - t, sigma = t, lambda = ln(alpha / sigma).
+
+    x_0hat: this step's clean estimate x_t - t v; x_0hat_last, t_last: the step's before, None at the first step. First
+    order without them and for t_next = 0 (where lambda is infinite). Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    """
+    if t_next == 0:
+        return x_0hat
+    lam, lam_next = (math.log((1 - s) / s) for s in (t, t_next))
+    h, d = lam_next - lam, x_0hat
+    if x_0hat_last is not None:
+        r = (lam - math.log((1 - t_last) / t_last)) / h
+        d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
+    return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
+
+
+def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
+    """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
+
+    v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, where t_cap < 1, the schedule's second
+                  time, stands for t in 1 - t; ValueError without it.      Flow-GRPO, arXiv:2505.05470, Eq. 9
+    kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
+         both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
+    """
+    dt = t_next - t
+    x_0hat, x_1hat = x_t - t * v, x_t + (1 - t) * v                                        # clean and noise estimates
+    if kind == "cps":
+        std = t_next * math.sin(noise_level * math.pi / 2)
+        mean = (1 - t_next) * x_0hat + math.sqrt(t_next ** 2 - std ** 2) * x_1hat
+    elif kind in ("flow", "dance"):
+        if kind == "flow" and t == 1 and t_cap is None:
+            raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
+        s = noise_level * (math.sqrt(t / (1 - (t_cap if t == 1 else t))) if kind == "flow" else 1)
+        std = s * math.sqrt(-dt)
+        mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
+    else:
+        raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
+@torch.no_grad()
+def sample(pipe, prompts, keys, cfg, scale):
+    """Images (B, 3, H, W) in [0, 1] by Euler's method, eval_steps of it, from noise that is a function of the keys."""
+    ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
+    device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
+    for i in range(0, len(prompts), cfg.micro_batch):
+        ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
+        x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
+        for t, t_next in zip(ts, ts[1:]):
+            x = euler_step(guided(pipe.net, x, t, ctx, null, scale), x, t, t_next)
+        images.append(pipe.decode(x))
+    return torch.cat(images)
+
+
+def evaluate(pipe, rows, score, cfg, run, scale):
+    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+
+    Returns the mean and {tag: mean} over GenEval's tags.
+    """
+    own = list(range(run.rank, len(rows), run.world))
+    prompts = [rows[i]["prompt"] for i in own]
+    images = sample(pipe, prompts, [("eval", i) for i in own], cfg, scale)
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    total[own] = score(images, prompts, [rows[i] for i in own]).double().cpu()
+    total, tags = run.sum(total).cpu(), [row.get("tag", "all") for row in rows]
+    return total.mean().item(), {tag: round(total[[t == tag for t in tags]].mean().item(), 4) for tag in dict.fromkeys(tags)}
+# == end ==
+
+
+@torch.no_grad()
+def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
+    """One SDE trajectory for each image: x (T + 1, B, C, H, W) and, for the SDE steps, logp {i: (B,)} of the stored values.
+
+    window: the indices of the SDE steps; the others are ODE steps. Each group's noise is a function of (seed, step,
+    group); group: the global number of the first one.
+    """
+    shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
+    count = len(prompts) // cfg.group_size
+
+    def draw(name):                                                    # (B, C, H, W)
+        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
+                          for g in range(count)])
+    xs, logps = [draw("start")], {}
+    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+        v = guided(pipe.net, xs[i], t, ctx, null, cfg.cfg_rollout)
+        if i in window:
+            x, logp, *_ = sde_step(v, xs[i], t, t_next, cfg.noise_level, draw(f"sde {i}"), kind=cfg.sde, t_cap=ts[1])
+            if logp is not None:                                       # the last step of cps has no noise
+                logps[i] = logp
+        else:
+            x = euler_step(v, xs[i], t, t_next)
+        xs.append(x)
+    return torch.stack(xs), logps
+
+
+# ============================================================================================================== train
+
+def train(cfg):
+    run = data.Run(cfg, "grpo")
+    ops.use(cfg.fused)
+    torch.manual_seed(cfg.seed)
+    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device)
+    net = pipe.net
+    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, models.LORA_TARGETS) if cfg.lora_rank else \
+        models.trainable(net.requires_grad_(True))
+    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
+    test, val = (data.draw_prompts(rows[split], n, split) for split, n in (("test", cfg.eval_images), ("val", cfg.val_images)))
+    null = pipe.encode_text([""])
+    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)    # T + 1 times, from 1 down to 0
+    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
+    mine = cfg.groups // run.world                                     # groups of this process
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+
+    before, checked = {}, False
+    if run.state:
+        data.restore(params, run.state["params"])
+        data.restore(ema or [], run.state["ema"])
+        opt.load_state_dict(run.state["opt"])
+        before = run.state["before"]
+    else:
+        before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
+        run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
+        run.log({"eval_test": before["eval"]})
+
+    def rescore(x, i, part, scale):
+        """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
+        v = guided(net, x[i], ts[i], part, null, scale)                                    # (n, C, H, W)
+        _, logp, mean, std = sde_step(v, x[i], ts[i], ts[i + 1], cfg.noise_level, x_next=x[i + 1], kind=cfg.sde, t_cap=ts[1])
+        return logp, mean, std, v
+
+    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
+               desc="grpo", unit="step", dynamic_ncols=True)
+    while not run.done():
+        step = run.count["step"]
+        # 1. Roll out. A group never spans two processes.
+        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
+        place, choice = data.uniform(1, cfg.seed, step, "window")[0], data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
+        first = int(place * (cfg.sample_steps - cfg.window + 1)) if cfg.window else 0
+        window = range(first, first + (cfg.window or cfg.sample_steps))
+        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
+        parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
+                         run.rank * mine + s.start // cfg.group_size) for s in chunks]
+        x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
+        logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
+        # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): the released code skips it.
+        trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
+        trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
+        # 2. Reward
+        images = torch.cat([pipe.decode(x[-1, s]) for s in chunks])
+        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        # 3. Advantage, over the whole batch of all processes; each keeps its slice
+        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
+        adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
+        # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
+        if not checked and cfg.cfg_train == cfg.cfg_rollout:           # the same weights must give the same log-probs
+            with torch.no_grad():
+                worst = max((rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]).expm1().abs().max()
+                            for s in chunks for i in trained).item()
+            run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
+                    f"{cfg.clip_range / 10:.1e})")
+            if worst > cfg.clip_range / 10:
+                raise ValueError(f"the same weights give other log-probs than the rollout's: |ratio - 1| = {worst:.1e} is over "
+                                 f"a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
+            checked = True
+        logs = []
+        for update in range(cfg.updates):
+            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
+            for k in range(0, len(turn), chunk):
+                some = [g * cfg.group_size + j for g in turn[k:k + chunk] for j in range(cfg.group_size)]
+                part, share = [c[some] for c in ctx], len(turn[k:k + chunk]) * cfg.updates / cfg.groups / len(trained)
+                for i in trained:
+                    logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
+                    loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
+                    kl = torch.zeros_like(loss)
+                    if cfg.kl_beta:
+                        with torch.no_grad(), models.using(params, start):
+                            _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
+                        kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
+                    ((loss + cfg.kl_beta * kl) * share).backward()
+                    logs.append(torch.stack([loss.detach(), kl.detach(), *stats.values()]))
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            if ema and run.count["updates"] % cfg.ema_every == 0:
+                torch._foreach_lerp_(ema, [p.data for p in params], 1 - cfg.ema)
+        # 5. Report
+        run.count["step"] += 1
+        run.count["images"] += cfg.groups * cfg.group_size
+        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
+        run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
+                                                                + len(trained) * passes)
+        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained)
+        loss, kl, *values = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
+               **dict(zip(stats, values)), "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
+        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            with models.using(params, ema):
+                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
+        run.log(row)
+        if run.count["step"] % cfg.save_every == 0:
+            run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+        bar.update()
+    bar.close()
+    run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+    data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
+
+
+def main(argv=None):
+    with data.exit_codes():
+        train(data.cli(Config, PRESETS, argv))
+
+
+if __name__ == "__main__":
+    main()
