@@ -137,7 +137,7 @@ def _scenes():
         both = (a, b), (b, a)
         scenes["two_object"].append([_meta("two_object", [(p, 1, None), (q, 1, None)], f"{_an(p)} and {_an(q)}")
                                      for p, q in both])
-        for rel, opp in zip(RELATIONS, ("right of", "left of", "below", "above")):         # "a left of b": "b right of a"
+        for rel, opp in zip(RELATIONS, ("right of", "left of", "below", "above")):   # "a left of b": "b right of a"
             scenes["position"].append([_meta("position", [(q, 1, None), (p, 1, None)], f"{_an(p)} {r} {_an(q)}", r)
                                        for (p, q), r in zip(both, (rel, opp))])
         for c, d in itertools.permutations(colors, 2):
@@ -195,7 +195,7 @@ def _place(radii, relations, g, size):
         tries = torch.rand(2, 8, len(todo), K, generator=g) * (high - low)[todo] + low[todo]   # (2, 8, R, K)
         rel = relations[todo]                                                              # (R, 2)
         if rel.any():                          # along its axis: a distance, then a place; rejection would be slow
-            room = size - 2 * BORDER * unit - reach[todo, :2].sum(1)                       # the centres' largest distance
+            room = size - 2 * BORDER * unit - reach[todo, :2].sum(1)                   # the centres' largest distance
             need = apart[todo, 0, 1]
             shift = need + torch.rand(8, len(todo), generator=g) * (room - need)           # (8, R)
             for axis in (0, 1):
@@ -700,6 +700,64 @@ def picture(path, rows, captions, titles, scale=3):
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
+
+
+def wide(dtype):
+    """The dtype of latents, log-probs and losses: float32, or float64 for a float64 network."""
+    return torch.float64 if dtype == "float64" else torch.float32
+
+
+def restore(params, values):
+    """Copy saved tensors into parameters, in order, in place."""
+    with torch.no_grad():
+        for p, value in zip(params, values):
+            p.copy_(value)
+
+
+def finish(run, pipe, params, start, trained, before, rows, score, evaluate, sample):
+    """End a run: evaluate on test prompts, draw before and after, write the weights, print the final JSON line.
+
+    start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
+    evaluate, sample: the algorithm file's own. The second guidance scale, cfg_also, is evaluated for both.
+    """
+    import models
+    cfg, seconds = run.cfg, time.time() - run.start
+    row = {"eval_before": before["eval"]}
+    with models.using(params, trained):
+        row["eval_after"], tags = evaluate(pipe, rows, score, cfg, run, cfg.cfg_eval)
+        if cfg.cfg_also:
+            row["also_after"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
+    if cfg.cfg_also:
+        with models.using(params, start):
+            row["also_before"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
+    by_tag = {}
+    for r in rows:
+        by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
+    shown = [p for prompts in by_tag.values() for p in list(dict.fromkeys(prompts))[:max(2, 12 // len(by_tag))]][:12]
+    if run.rank == 0:
+        grids = []
+        for weights in (start, trained):
+            with models.using(params, weights):
+                grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval))
+        picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
+        with models.using(params, trained):
+            if cfg.lora_rank:
+                models.save_lora(pipe.net, run.out / "lora.safetensors")
+            else:
+                pipe.net.save_pretrained(run.out / "transformer")
+    run.log({**{key: value for key, value in row.items()}, "tags": tags})
+    run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, {cfg.eval_steps} steps\n"
+            f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +
+            (f"\n{cfg.cfg_also:>10g} {row['also_before']:>8.3f} {row['also_after']:>8.3f}" if cfg.cfg_also else "") +
+            "".join(f"\n{tag or 'all':>16} {before['tags'][tag]:>8.3f} {tags[tag]:>8.3f}" for tag in tags) +
+            f"\npictures: {run.out / 'samples' / 'before_after.png'}")
+    if run.rank == 0:
+        print(json.dumps({"method": cfg.method, "model": cfg.model, **{k: round(v, 4) for k, v in row.items()},
+                          "steps": run.count["step"], "images": run.count["images"], "seconds": round(seconds, 1),
+                          "out": str(run.out)}), flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # =====================================================================================================================
