@@ -48,7 +48,8 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
-    sampler: str = "euler"              # rollouts by euler, dpm (DPM-Solver++(2M)) or sde (the ablation)
+    solver: str = "euler"               # of the ODE, rollouts and evaluation: euler, or dpm, DPM-Solver++(2M)  [released code]
+    sde: bool = False                   # rollouts by Flow-GRPO's SDE instead: the paper's ablation
     schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
     shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
@@ -56,12 +57,15 @@ class Config:
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
     t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]                           [paper, Sec. 3.2]
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
-    grid: bool = False                  # draw t from the sampler's own times instead of U[t_min, 1]    [released code]
+    grid: bool = False                  # t from the sampler's times, without replacement, not U[t_min, 1]  [released code]
     updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
     ref: str = "start"                  # theta_ref: start (frozen), ema, or old (the weights that sampled)
     rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the reference model)
     ema: float = 0.95                   # decay of the moving average, per update; evaluated and saved (0: off)
+    ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
+    rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 200]
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
+    clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.0                # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
@@ -88,28 +92,30 @@ class Config:
 
     def __post_init__(self):
         data.check_common(self)
-        for name, options in dict(method=("dgpo", "diffusion-dpo"), sampler=("euler", "dpm", "sde"),
+        for name, options in dict(method=("dgpo", "diffusion-dpo"), solver=("euler", "dpm"), clip_old=("rollout", "ema"),
                                   dsm=("v", "x0", "elbo"), ref=("start", "ema", "old"),
                                   schedule=("linear", "sd3", "dpm"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
             data.choose(name, getattr(self, name), options)
         if not 0 <= self.t_min < 1:
             raise ValueError(f"--t-min {self.t_min}: 0 or more and less than 1")
-        if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout)):
-            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref or --rollout is ema")
+        if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout, self.clip_old)):
+            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or --clip-old "
+                             f"is ema")
         if self.beta <= 0 or self.kl_beta < 0 or self.clip_range < 0 or self.timesteps < 1:
             raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta} and --clip-range "
                              f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
 SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
-             sampler="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4, eval_steps=14,
+             solver="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4, eval_steps=14,
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24)
 PRESETS = {
     "tiny": {},
     "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0},
-    "official": {**SD35M, "group_size": 16, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8, "grid": True,
-                 "clip_range": 1e-2, "kl_beta": 0.02, "ema": 0.99}}
+    "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8, "grid": True,
+                 "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ema": 0.3, "ema_ramp": 1e-3, "rollout": "ema",
+                 "rollout_after": 200}}
 
 
 # =============================================================================================================== math
@@ -240,16 +246,30 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
 
 
 @torch.no_grad()
+def ode(net, x, ts, ctx, null, scale, solver="euler"):
+    """Follow the probability-flow ODE from noise x (B, C, H, W) along the times ts. Returns x_0 (B, C, H, W).
+
+    solver: euler, or dpm, DPM-Solver++(2M).
+    """
+    last, t_last = None, None
+    for t, t_next in zip(ts, ts[1:]):
+        v = guided(net, x, t, ctx, null, scale)
+        if solver == "euler":
+            x = euler_step(v, x, t, t_next)
+        else:
+            x_0hat = x - t * v
+            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+    return x
+
+
 def sample(pipe, prompts, keys, cfg, scale):
-    """Images (B, 3, H, W) in [0, 1] by Euler's method, eval_steps of it, from noise that is a function of the keys."""
+    """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
     ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
     device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
     for i in range(0, len(prompts), cfg.micro_batch):
         ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
         x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
-        for t, t_next in zip(ts, ts[1:]):
-            x = euler_step(guided(pipe.net, x, t, ctx, null, scale), x, t, t_next)
-        images.append(pipe.decode(x))
+        images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, cfg.solver)))
     return torch.cat(images)
 
 
@@ -272,7 +292,7 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 def rollout(pipe, prompts, ctx, null, cfg, step, group):
     """Images to learn from, (B, C, H, W) latents: whole groups, each group's noise a function of (seed, step, group).
 
-    group: the global number of the first group. ODE by default; sampler "sde" is the paper's ablation (Sec. 4.3).
+    group: the global number of the first group.
     """
     ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
@@ -281,20 +301,24 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
     def draw(name):                                                    # (B, C, H, W)
         return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
                           for g in range(count)])
-    x, last, t_last = draw("start"), None, None
+    x = draw("start")
+    if not cfg.sde:
+        return ode(pipe.net, x, ts, ctx, null, cfg.cfg_rollout, cfg.solver)
     for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
         v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
-        if cfg.sampler == "euler":
-            x = euler_step(v, x, t, t_next)
-        elif cfg.sampler == "dpm":
-            x_0hat = x - t * v
-            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
-        else:
-            x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
+        x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
     return x
 
 
 # ============================================================================================================== train
+
+def draw_time(cfg, times, seed, step, group, update, draw):
+    """The t of one group's draw: uniform on [t_min, 1], or one of `times`, each once before any comes again."""
+    if cfg.grid:
+        order = data.uniform(len(times), seed, step, group, update, "t")
+        return times[sorted(range(len(times)), key=order.__getitem__)[draw % len(times)]]
+    return 1 - data.uniform(1, seed, step, group, update, draw, "t")[0] * (1 - cfg.t_min)
+
 
 def train(cfg):
     run = data.Run(cfg, "dgpo")
@@ -335,8 +359,8 @@ def train(cfg):
         prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
-        old = {"current": [p.detach().clone() for p in params] if cfg.clip_range or cfg.ref == "old" else None,
-               "ema": ema and [p.clone() for p in ema], "start": start}[cfg.rollout]
+        who = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"
+        old = [p.detach().clone() for p in {"current": params, "ema": ema, "start": start}[who]]
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         with models.using(params, old):
             x_0 = torch.cat([rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
@@ -352,14 +376,14 @@ def train(cfg):
             x_0, ctx, G = x_0[keep], [c[keep] for c in ctx], 2
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
+        clip_old = {"rollout": old, "ema": ema}[cfg.clip_old]
         logs = []
         for update in range(cfg.updates):
             for draw in range(cfg.timesteps):
                 for g in range(0, mine, chunk):
                     s, n = slice(g * G, (g + chunk) * G), min(chunk, mine - g)
                     key = [(cfg.seed, step, run.rank * mine + g + j, update, draw) for j in range(n)]
-                    u = [data.uniform(1, *k, "t")[0] for k in key]
-                    t = [times[int(a * len(times))] if cfg.grid else 1 - a * (1 - cfg.t_min) for a in u]
+                    t = [draw_time(cfg, times, *k) for k in key]
                     t = torch.tensor(t, device=run.device, dtype=x_0.dtype).repeat_interleave(G)      # (n G,)
                     eps = torch.stack([data.noise(x_0.shape[1:], *k, "eps", device=run.device, dtype=x_0.dtype)
                                        for k in key]).repeat_interleave(G, 0)              # (n G, C, H, W)
@@ -370,7 +394,7 @@ def train(cfg):
                     v = guided(net, x_t, t, part, null, cfg.cfg_train)
                     dsm, dsm_ref = (dsm_loss(a, x_0[s], eps, t, cfg.dsm) for a in (v, v_ref))         # (n G,)  Eq. (3)
                     if cfg.clip_range:
-                        with torch.no_grad(), models.using(params, old):
+                        with torch.no_grad(), models.using(params, clip_old):
                             v_old = guided(net, x_t, t, part, null, cfg.cfg_train)
                         dsm = clip_dsm(dsm, dsm_loss(v_old, x_0[s], eps, t, cfg.dsm), adv[s], cfg.clip_range)
                     loss = dgpo_loss(dsm, dsm_ref, adv[s], G, cfg.beta) / cfg.beta         # Eq. (4)
@@ -379,7 +403,8 @@ def train(cfg):
                     logs.append(torch.stack([loss.detach() * cfg.beta, kl.detach(), dsm.detach().mean()]))
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
-                torch._foreach_lerp_(ema, [p.data for p in params], 1 - cfg.ema)
+                decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
+                torch._foreach_lerp_(ema, [p.data for p in params], 1 - decay)
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size

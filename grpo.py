@@ -44,6 +44,7 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 48]
     group_size: int = 24                # G, images a prompt                                       [paper, Sec. 5.1]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
+    solver: str = "euler"               # of the ODE in evaluation: euler, or dpm, DPM-Solver++(2M)
     schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
     shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
     sde: str = "flow"                   # kind of SDE, Eq. (2): flow, dance, cps
@@ -82,6 +83,7 @@ class Config:
     def __post_init__(self):
         data.check_common(self)
         for name, options in dict(method=("flow",), sde=("flow", "dance", "cps"), schedule=("linear", "sd3", "dpm"),
+                                  solver=("euler", "dpm"),
                                   kl_form=("flow-grpo", "gaussian", "velocity"),
                                   adv_std=("group", "batch", "none")).items():
             data.choose(name, getattr(self, name), options)
@@ -219,16 +221,30 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
 
 
 @torch.no_grad()
+def ode(net, x, ts, ctx, null, scale, solver="euler"):
+    """Follow the probability-flow ODE from noise x (B, C, H, W) along the times ts. Returns x_0 (B, C, H, W).
+
+    solver: euler, or dpm, DPM-Solver++(2M).
+    """
+    last, t_last = None, None
+    for t, t_next in zip(ts, ts[1:]):
+        v = guided(net, x, t, ctx, null, scale)
+        if solver == "euler":
+            x = euler_step(v, x, t, t_next)
+        else:
+            x_0hat = x - t * v
+            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+    return x
+
+
 def sample(pipe, prompts, keys, cfg, scale):
-    """Images (B, 3, H, W) in [0, 1] by Euler's method, eval_steps of it, from noise that is a function of the keys."""
+    """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
     ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
     device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
     for i in range(0, len(prompts), cfg.micro_batch):
         ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
         x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
-        for t, t_next in zip(ts, ts[1:]):
-            x = euler_step(guided(pipe.net, x, t, ctx, null, scale), x, t, t_next)
-        images.append(pipe.decode(x))
+        images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, cfg.solver)))
     return torch.cat(images)
 
 
