@@ -1,0 +1,111 @@
+"""Times the fused ops against their PyTorch twins and against this machine's copy bandwidth.
+
+    python csrc/bench.py                # the twins and, once built, the compiled ops; CPU, and a GPU if there is one
+    python csrc/bench.py --compile      # torch.compile of the twins as well
+    python csrc/bench.py --quick        # one dtype, for a look
+
+A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
+cache. GB/s counts the bytes that the op must move (each input read once, each output written once), whatever the
+implementation does, and is set beside the best bandwidth seen in copying 64 MB into a tensor that exists already, bytes
+read plus bytes written. Allocating the outputs and autograd's own time are included.
+"""
+import argparse
+import statistics
+import time
+
+import torch
+
+import ops
+
+MB16 = (16, 16, 128, 128)                                                # 16 MB in float32: 16 latents at 1024 px
+
+
+def cases(dtype, device):
+    """(op, the twin's function, shape, bytes moved, maker of a call's inputs) for every row of the table."""
+    def randn(*shape, grad=False):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
+
+    def forward_backward(f):
+        def call(a, b, *rest):
+            a.grad = b.grad = None
+            out = f(a, b, *rest)
+            out.backward(b.detach() if out.shape == b.shape else torch.ones_like(out))      # a dense gradient
+        return call
+
+    n, size = torch.Size(MB16).numel(), torch.empty(0, dtype=dtype).element_size()
+    prox, cfg, adv = (getattr(ops, name) for name in ops.NAMES)
+    prox_ref, cfg_ref, adv_ref = (getattr(ops, name + "_ref") for name in ops.NAMES)
+    pair, grads = (lambda: (randn(*MB16), randn(*MB16))), lambda: (randn(*MB16, grad=True), randn(*MB16))
+    both = lambda: (randn(*MB16, grad=True), randn(*MB16, grad=True))
+    yield "prox_matching_loss", prox, prox_ref, MB16, 2 * n * size, lambda: (*pair(), 1.0)
+    yield "  with backward", *map(forward_backward, (prox, prox_ref)), MB16, 5 * n * size, lambda: (*grads(), 1.0)
+    yield "cfg_combine", cfg, cfg_ref, MB16, 3 * n * size, lambda: (*pair(), 4.5)
+    yield "  beside torch.lerp", cfg, torch.lerp, MB16, 3 * n * size, lambda: (*pair(), 4.5)
+    yield "  with backward", *map(forward_backward, (cfg, cfg_ref)), MB16, 6 * n * size, lambda: (*both(), 4.5)
+    for b in (1152, 65536):                                              # 48 groups of 24; many
+        g = 24 if b == 1152 else 64
+        yield f"group_advantage, G = {g}", adv, adv_ref, (b,), b * (size + 4), lambda b=b, g=g: (randn(b), g)
+
+
+def measure(functions, make, device, pick=statistics.median, seconds=1.0):
+    """Seconds of each f(*inputs). 4 sets of inputs and all f take turns: a busy machine hits all of them alike."""
+    sets = [make() for _ in range(4)]
+    for f in functions:
+        f(*sets[0])
+    if device == "cuda":                                                 # one function's calls are queued in one go
+        return [measure_cuda(f, sets, pick) for f in functions]
+    times, end = [[] for _ in functions], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 8:
+        for f, taken in zip(functions, times):
+            inputs = sets.pop(0)
+            start = time.perf_counter()
+            f(*inputs)
+            taken.append(time.perf_counter() - start)
+            sets.append(inputs)
+    return [pick(taken) for taken in times]
+
+
+def measure_cuda(f, sets, pick, calls=100):
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for inputs in sets:
+        f(*inputs)
+    torch.cuda.synchronize()
+    marks[0].record()
+    for i, mark in enumerate(marks[1:]):
+        f(*sets[i % len(sets)])
+        mark.record()
+    torch.cuda.synchronize()
+    return pick(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
+    parser.add_argument("--quick", action="store_true", help="float32 only")
+    args = parser.parse_args()
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads, {ops.status()}")
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        fused = ops.lib is not None and device in ops.devices
+        out = torch.empty(1 << 24, device=device)
+        [copy] = measure([out.copy_], lambda: (torch.randn_like(out),), device, pick=min)
+        peak = 2 * out.numel() * 4 / copy / 1e9
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        print(f"\n{name}: copies at {peak:.1f} GB/s\n{'op':26}{'shape':>18}{'dtype':>10}{'fused us':>11}{'GB/s':>8}"
+              f"{'of copy':>9}{'eager us':>11}{'speedup':>9}" + f"{'compile us':>12}" * args.compile)
+        for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16, torch.float16):
+            for op, f, twin, shape, moved, make in cases(dtype, device):
+                torch._dynamo.reset()
+                row = [twin] + [f] * fused + [torch.compile(twin)] * args.compile
+                eager, *rest = (1e6 * t for t in measure(row, make, device))
+                line = f"{op:26}{'x'.join(map(str, shape)):>18}{str(dtype)[6:]:>10}"
+                if fused:
+                    us, *rest = rest
+                    rate = moved / us / 1e3
+                    line += f"{us:11.1f}{rate:8.1f}{rate / peak:9.0%}{eager:11.1f}{eager / us:8.2f}x"
+                else:
+                    line += f"{'-':>11}{'-':>8}{'-':>9}{eager:11.1f}{'-':>9}"
+                print(line + "".join(f"{us:12.1f}" for us in rest), flush=True)
+
+
+if __name__ == "__main__":
+    main()
