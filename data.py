@@ -45,8 +45,9 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 GROUND, TINT, SHADE = (.88, .94), .015, .02   # grey level of the ground, its tint, an object's colour jitter (RGB, +-)
 RADIUS = {1: (6., 10.), 2: (4.8, 6.4), 3: (4.3, 5.2), 4: (4., 4.6)}       # pixels at size 32, by number of objects
+RELATED = 5.8                                 # no larger where one is beside the other: both must fit in a row
 GAP, BORDER = 3., 1.2                         # pixels at size 32 between two objects, between an object and the border
-REACH = 1.12                                  # no shape of unit radius reaches further than this from its centre
+REACH = 1.12                                  # no shape of unit radius reaches further along x or y from its centre
 
 # Caption noise, probabilities per image. RL starts from what these leave: see world_batch.
 EMPTY = .10                                   # no caption at all
@@ -91,7 +92,7 @@ SHAPES = {   # signed distances, negative inside, of shapes of about unit radius
     "ring": lambda x, y: (torch.hypot(x, y) - .75).abs() - .28,
     "star": _star,
     "heart": _heart,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x + .12, y) - 1.02, .76 - torch.hypot(x - .42, y))}
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x + .1, y) - 1.02, .76 - torch.hypot(x - .44, y))}
 
 
 def coverage(shape, x, y, radius, size):
@@ -242,6 +243,7 @@ def render(metas, seed, size=32):
     present = kind >= 0
     count = present.sum(1)
     low, high = (torch.tensor([0, *(RADIUS[n][j] for n in (1, 2, 3, 4))])[count, None] for j in (0, 1))
+    high = torch.where(relations.any(1, keepdim=True), RELATED, high)
     radii = (low + torch.rand(B, 4, generator=g) * (high - low)) * present * size / 32     # (B, 4) pixels
     x, y = _place(radii, relations, g, size)
     ground = GROUND[0] + torch.rand(B, 1, generator=g) * (GROUND[1] - GROUND[0])
