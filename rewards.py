@@ -1,0 +1,469 @@
+"""Rewards: functions from images and their prompts to one number an image.
+
+A reward is `score(images (B, 3, H, W) float in [0, 1], prompts: list[str], meta: list[dict]) -> (B,) float32`; `load`
+makes one from a name, a weighted sum of names, or a function of yours.
+
+    python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
+"""
+import argparse
+import csv
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+import data
+
+# =====================================================================================================================
+# Loading
+# =====================================================================================================================
+
+def load(spec, weights=None, device="cpu"):
+    """Make `score(images, prompts, meta) -> (B,) float32` from a name, a weighted sum, or a function in a file.
+
+    spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
+    weights: the directory that holds the reward networks' weights. Raises ValueError, in one line, for a spec that
+    cannot be loaded. The score raises RuntimeError, naming the reward, when a reward does not return one number an
+    image. A NaN stays where it is: it marks a failed reward, and the trainer masks it.
+    """
+    terms = []
+    for term in spec.split(","):
+        name, _, factor = term.strip().rpartition(":")
+        if not name or (name.endswith(".py") and not _is_number(factor)):
+            name, factor = term.strip(), "1"
+        if not _is_number(factor):
+            raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
+        terms.append((name, float(factor), _load_one(name, weights, device)))
+
+    def score(images, prompts, meta):
+        total = torch.zeros(len(images), device=images.device)
+        for name, factor, reward in terms:
+            values = torch.as_tensor(reward(images, prompts, meta), dtype=torch.float32, device=images.device)
+            if values.shape != (len(images),):
+                raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
+                                   f"it must be ({len(images)},)")
+            total += factor * values
+        return total
+    return score
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _load_one(name, weights, device):
+    if name in REWARDS:
+        return REWARDS[name](weights, device)
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"unknown reward {name!r}: {', '.join(REWARDS)}, or path/to/file.py:function")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"reward {name!r}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(f"reward {name!r}: {path} does not load: {type(e).__name__}: {e}") from e
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"reward {name!r}: {path} has no function {function!r}")
+    return getattr(module, function)
+
+
+# =====================================================================================================================
+# The tiny world's exact verifier
+# =====================================================================================================================
+# Analysis by synthesis. Split the image into components, recognise each, fit place, size and blur of the shapes that
+# come close, and draw the scene again. It is right if it holds exactly what was asked for, in the world's colours and
+# sizes, and if nothing but a little noise is left of the image once the drawing and a plain light ground are taken
+# away. What is not checked RL will find, so the ground is: for noise, for patterns that repeat, for stains.
+# tests/test_rewards.py has the figures.
+
+KINDS, HUES = list(data.SHAPES), list(data.COLORS)
+KEEP = 5                                      # objects looked at in an image; a right scene has at most four
+PATCH, SPREAD = 20, 4.                        # the window that shapes are recognised in, their rms radius there, pixels
+SPECK = 8                                     # components smaller than this are no objects (pixels at size 32)
+CLOSE = .06                                   # kinds whose templates leave this much more than the best are fitted too
+
+# The limits of a right image. Distances are Euclidean in RGB; sizes are pixels at size 32.
+UNLIKE, TINT, RADIUS = .09, .12, (3.2, 11.)   # an object: energy left unexplained; distance from its colour; its radius
+NOISE, TEXTURE, STAIN = .1, .025, (.16, .08)  # the ground: standard deviation; periodic part; 5 x 5 and 7 x 7 means
+LEFT = (.08, 1.1)                             # 3 x 3 mean of what no object explains: without noise, and per its std
+GROUND, TINGE = (.84, .98), .06               # the ground's channels; how far they may differ
+
+
+def _grow(x, n=1):
+    """Maximum over a (2n + 1)-square, (..., H, W), with 0 outside. By slices: on a CPU, faster than max_pool2d."""
+    for _ in range(n):
+        x = F.pad(x, (1, 1, 1, 1))
+        x = torch.maximum(torch.maximum(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])
+        x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
+    return x
+
+
+def _mean(x, k=3):
+    """Mean over the part of a k-square that lies inside the image, (..., H, W), k odd."""
+    for dim in (-1, -2):
+        n, h = x.shape[dim], k // 2
+        padded = F.pad(x, (h, h, 0, 0) if dim == -1 else (0, 0, h, h))
+        i = torch.arange(n, device=x.device)
+        count = (i + h + 1).clamp(max=n) - (i - h).clamp(min=0)                            # pixels inside, (n,)
+        x = sum(padded.narrow(dim, j, n) for j in range(k)) / (count if dim == -1 else count[:, None])
+    return x
+
+
+def _largest_mean(x, weight, k, least):
+    """The largest norm (B,) of a k-square's weighted mean of x (B, C, H, W), where its share of weight is > least."""
+    share = _mean(weight, k)                                                               # (B, 1, H, W)
+    mean = _mean(x * weight, k) / share.clamp(min=least)
+    return (mean.square().sum(1).sqrt() * (share[:, 0] > least)).amax((1, 2))
+
+
+def _smooth(x):
+    """The binomial filter [1 2 1]/4 along both axes, (B, C, H, W)."""
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
+    return (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
+
+
+def components(mask):
+    """8-connected components. mask: (B, H, W) in {0., 1.}. Returns labels (B, H*W) int64: 0 outside, else 1 + the index
+    of the component's last pixel. Each pixel takes the largest label around it, then that label's own label, until
+    nothing changes: a handful of rounds, where neighbours alone would need as many as the longest path."""
+    B, H, W = mask.shape
+    label = torch.arange(1, H * W + 1, device=mask.device, dtype=torch.float32).view(1, H, W) * mask
+    while True:
+        before = label
+        for _ in range(4):
+            label = _grow(label) * mask
+            flat = F.pad(label.flatten(1), (1, 0))                                         # label 0 keeps label 0
+            label = flat.gather(1, label.flatten(1).long()).view(B, H, W)
+        if torch.equal(label, before):
+            return label.flatten(1).long()
+
+
+@functools.lru_cache
+def _moments(kind):
+    """Centroid (x, y) and rms radius of a shape of unit radius."""
+    n, r = 128, 50.
+    a = data.coverage(kind, torch.tensor([n / 2]), torch.tensor([n / 2]), torch.tensor([r]), n)[0].double()
+    g = torch.arange(n) + .5 - n / 2
+    x, y = ((a.sum(0) * g).sum() / a.sum()).item(), ((a.sum(1) * g).sum() / a.sum()).item()
+    rms = ((a * ((g - x)**2 + (g[:, None] - y)**2)).sum() / a.sum()).sqrt().item()
+    return x / r, y / r, rms / r
+
+
+@functools.lru_cache
+def _bank(device):
+    """Unit-norm templates (2, N, PATCH^2) of every kind, sharp and blurred, and their poses (kinds, N / kinds, 3)."""
+    poses = []
+    for kind in KINDS:
+        x, y, rms = _moments(kind)
+        shifts = (-1, -.5, 0, .5, 1)
+        for scale, dx, dy in itertools.product((.8, .88, .96, 1.05, 1.15, 1.26), shifts, shifts):
+            r = SPREAD / rms * scale
+            poses.append((dx - x * r, dy - y * r, r))
+    poses = torch.tensor(poses).view(len(KINDS), -1, 3)
+    sharp = torch.cat([data.coverage(kind, *(p.T[:2] + PATCH / 2), p[:, 2], PATCH) for kind, p in zip(KINDS, poses)])
+    bank = torch.stack((sharp, _mean(sharp))).flatten(2)
+    return F.normalize(bank, dim=2).to(device), poses.to(device)
+
+
+def _draw(kind, pose, size):
+    """Coverage (P, size, size) of objects of mixed kinds (P,) at poses (P, 3): x, y, radius in pixels."""
+    alpha = torch.empty(len(kind), size, size, device=pose.device)
+    for k, name in enumerate(KINDS):
+        i = (kind == k).nonzero()[:, 0]
+        alpha[i] = data.coverage(name, *pose[i].T, size)
+    return alpha
+
+
+def _objects(images):
+    """Split images into a plain ground and their largest connected components.
+
+    images: (B, 3, S, S) in [0, 1]. Returns ground (B, 3), rest = images - ground, far (B, S, S), 1 where no object is
+    near, found (B,), the number of components, and for the P of them that are looked at: b, k, which image and which of
+    its KEEP, own (P, S, S), its pixels, and mine, the pixels that no other component is near to.
+    """
+    B, _, size, _ = images.shape
+    frame = torch.ones(size, size, dtype=torch.bool, device=images.device)
+    frame[2:-2, 2:-2] = False
+    ground = images[:, :, frame].median(2).values                                          # hardly an object there
+    contrast = (_smooth(images) - ground[:, :, None, None]).square().sum(1).sqrt()         # (B, S, S)
+    mask = (contrast > (.5 * _grow(contrast, 2)).clamp(min=.2)).float()                    # edges at half height
+    far = 1 - _grow(mask, 2)
+    ground = (images * far[:, None]).sum((2, 3)) / far.sum((1, 2)).clamp(min=1)[:, None]
+    label = components(mask)                                                               # (B, S*S)
+    area = torch.zeros(B, size * size + 1, device=images.device).scatter_add_(1, label, (label > 0).float())
+    least = SPECK * (size / 32)**2
+    top, name = area.topk(KEEP, 1)
+    b, k = (top >= least).nonzero(as_tuple=True)                                           # P objects
+    own = (label[b] == name[b, k, None]).view(-1, size, size).float()
+    mine = 1 - _grow(mask[b] - own)
+    return ground, images - ground[:, :, None, None], far, (area >= least).sum(1), b, k, own, mine
+
+
+def _recognise(grey, own):
+    """Compare objects with the template bank. grey: (P, S, S) their contrast; own: (P, S, S) their pixels.
+
+    Each object is seen through a window around its centroid, scaled to its rms radius. Returns misfit (P, kinds), the
+    share of the window's energy that the best template of each kind leaves, and its pose (P, kinds, 3): x, y, radius.
+    """
+    size, device = own.shape[-1], own.device
+    grid = torch.arange(size, device=device) + .5
+    mass = own.sum((1, 2))
+    x, y = (own.sum(1) * grid).sum(1) / mass, (own.sum(2) * grid).sum(1) / mass            # (P,)
+    spread = (grid - x[:, None])[:, None, :]**2 + (grid - y[:, None])[:, :, None]**2       # (P, S, S)
+    rms = ((own * spread).sum((1, 2)) / mass).sqrt().clamp(min=.5)
+    c = (torch.arange(PATCH, device=device) + .5 - PATCH / 2) / SPREAD * rms[:, None]      # (P, PATCH)
+    where = torch.stack(torch.broadcast_tensors((x[:, None] + c)[:, None, :], (y[:, None] + c)[:, :, None]), 3)
+    view = F.grid_sample(grey[:, None], where / size * 2 - 1, align_corners=False).flatten(1)          # (P, PATCH^2)
+    bank, poses = _bank(device)
+    hit = (view @ bank.flatten(0, 1).T).clamp(min=0).square().view(len(view), 2, len(KINDS), poses.shape[1])
+    best, at = hit.amax(1).max(2)                                                          # (P, kinds)
+    pose = poses[torch.arange(len(KINDS), device=device), at] * (rms / SPREAD)[:, None, None]
+    misfit = 1 - best / view.square().sum(1, keepdim=True).clamp(min=1e-6)
+    return misfit, pose + torch.stack((x, y, torch.zeros_like(x)), 1)[:, None]
+
+
+def _fit(kind, pose, grey, near):
+    """Two Gauss-Newton steps on an object's place, radius and blur. Returns its coverage (P, S, S) and its pose (P, 3).
+
+    kind: (P,); pose: (P, 3); grey: (P, S, S) contrast; near: (P, S, S), the pixels that count. The model is
+    amplitude * (coverage(pose) + blur * (its 3 x 3 mean - coverage)), linear in all but the pose.
+    """
+    size, h = grey.shape[-1], .3                                       # h: step of the finite differences (pixels)
+    blur, moves = torch.zeros(len(kind), 1, 1, device=grey.device), h * torch.eye(3, device=grey.device)
+    for _ in range(2):
+        a = _draw(kind, pose, size)
+        basis = torch.stack([a, *(_draw(kind, pose + d, size) - a for d in moves)], 1)     # (P, 4, S, S)
+        soft = _mean(basis)
+        basis = torch.cat((torch.lerp(basis, soft, blur[:, None]), (soft - basis)[:, :1]), 1)
+        basis = (basis * near[:, None]).flatten(2)                                         # (P, 5, S*S)
+        gram = basis @ basis.mT
+        gram = gram + torch.eye(5, device=grey.device) * (1e-3 * gram[:, :1, :1] + 1e-6)
+        w = torch.linalg.solve(gram, basis @ grey.flatten(1)[:, :, None])[:, :, 0]         # (P, 5)
+        w = w[:, 1:] / w[:, :1].clamp(min=.05)
+        pose = pose + (h * w[:, :3]).clamp(-1, 1)
+        pose = torch.cat((pose[:, :2], pose[:, 2:].clamp(min=1)), 1)
+        blur = (blur + w[:, 3, None, None]).clamp(0, 1.2)
+    a = _draw(kind, pose, size)
+    return torch.lerp(a, _mean(a), blur), pose
+
+
+def _texture(rest, far, noise):
+    """Amplitude (B,) of the strongest pattern with a period of 2 to 8 pixels: what is left when the ground is folded.
+
+    rest: (B, 3, S, S) ground minus its mean; far: (B, S, S); noise: (B,) its std, whose share is taken off.
+    """
+    size, amplitude = far.shape[-1], []
+    i = torch.arange(size, device=far.device)
+    for p in range(2, 9):
+        phase = F.one_hot((i[:, None] % p * p + i % p).flatten(), p * p).float()           # (S*S, p*p)
+        n = far.flatten(1) @ phase                                                         # (B, p*p) pixels
+        use, n = (n > 3).float(), n.clamp(min=1)
+        mean = ((rest * far[:, None]).flatten(2) @ phase) / n[:, None]                     # (B, 3, p*p)
+        power = (mean.square().mean(1) * use).sum(1) - noise**2 * (use / n).sum(1)
+        amplitude.append((power / use.sum(1).clamp(min=1)).clamp(min=0).sqrt())
+    return torch.stack(amplitude).amax(0)
+
+
+def _wanted(metas, device):
+    """The metas as tensors. kind, hue, alike: (B, 4), -1 where there is none (alike: how many objects read the same);
+    total: (B,); relation: (B, 2), the direction of object 1 from object 0, or 0."""
+    kind, hue, alike, relation = [], [], [], []
+    for meta in metas:
+        objects, direction = [], (0, 0)
+        for o in meta.get("include", ()):
+            objects += [(o["class"], o.get("color"))] * o["count"]
+            direction = data.RELATIONS[o["position"][0]] if "position" in o else direction
+        if not 1 <= len(objects) <= 4 or not all(c in KINDS and (h is None or h in HUES) for c, h in objects):
+            raise ValueError(f"the tiny world's verifier cannot check {str(meta)[:200]}")
+        pad = [-1] * (4 - len(objects))
+        kind.append([KINDS.index(c) for c, _ in objects] + pad)
+        hue.append([HUES.index(h) if h else -1 for _, h in objects] + pad)
+        alike.append([objects.count(o) for o in objects] + pad)
+        relation.append(direction)
+    kind, hue, alike, relation = (torch.tensor(v, device=device) for v in (kind, hue, alike, relation))
+    return kind, hue, alike, (kind >= 0).sum(1), relation
+
+
+def verify(images, metas):
+    """Read scenes back from their pixels and compare them with what was asked for.
+
+    images: (B, 3, S, S) float in [0, 1], S about 24 to 48; metas: B dicts of data.world_prompts. Returns a dict of (B,)
+    float32: strict, 1 if everything is right, else 0; soft in [0, 1], graded; and the parts that they are made of.
+    An image that is not finite scores NaN. Raises ValueError for a meta that is not of the tiny world.
+    """
+    finite = images.isfinite().flatten(1).all(1)
+    images = images.float().nan_to_num(0).clamp(0, 1)
+    B, _, size, _ = images.shape
+    unit, device = size / 32, images.device
+    kind, hue, alike, total, relation = _wanted(metas, device)
+    ground, rest, far, found, b, k, own, mine = _objects(images)
+    P = len(b)
+
+    # What each object is: fit the kinds that come close, keep the best.
+    near = _grow(own, 2) * mine                                                            # (P, S, S)
+    seen = rest[b] * mine[:, None]                                                         # (P, 3, S, S)
+    grey = torch.einsum("pchw,pc->phw", seen, F.normalize((seen * own[:, None]).sum((2, 3)), dim=1))
+    misfit, poses = _recognise(grey, own)                                                  # (P, kinds), (P, kinds, 3)
+    p, c = (misfit <= misfit.amin(1, keepdim=True) + CLOSE).nonzero(as_tuple=True)         # Q candidates
+    alpha, pose = _fit(c, poses[p, c], (grey * near)[p], near[p])
+    scale = (grey[p] * alpha).sum((1, 2)) / (alpha.square() * mine[p]).sum((1, 2)).clamp(min=1e-3)
+    error = ((grey[p] - scale[:, None, None] * alpha) * near[p]).square().sum((1, 2))      # (Q,)
+    is_kind = torch.full((P, len(KINDS)), torch.inf, device=device).index_put((p, c), error).argmin(1)  # (P,)
+    winner = (c == is_kind[p]).nonzero()[:, 0]                                             # (P,): p is sorted
+    alpha, pose = alpha[winner], pose[winner]                                              # (P, S, S), (P, 3)
+
+    # Its colour, and how well flat paint in that shape explains it. Noise as strong as the ground's is forgiven.
+    noise = ((rest.square().mean(1) * far).sum((1, 2)) / far.sum((1, 2)).clamp(min=1)).sqrt()          # (B,)
+    paint = torch.einsum("pchw,phw->pc", seen, alpha) / (alpha.square() * mine).sum((1, 2)).clamp(min=1e-3)[:, None]
+    flat = paint[:, :, None, None] * alpha[:, None]                                        # (P, 3, S, S)
+    error = ((seen - flat) * near[:, None]).square().sum((1, 2, 3))
+    error = error - 3 * near.sum((1, 2)) * noise[b].clamp(max=NOISE)**2
+    unlike = error / (seen * near[:, None]).square().sum((1, 2, 3)).clamp(min=1e-3)        # (P,)
+    palette = torch.tensor(list(data.COLORS.values()), device=device)
+    tint = ((ground[b] + paint)[:, None] - palette).square().sum(2).sqrt()                 # (P, hues)
+    radius = pose[:, 2] / unit
+    inside = ((pose[:, :2] - .7 * pose[:, 2:] > 0) & (pose[:, :2] + .7 * pose[:, 2:] < size)).all(1)
+    good = (unlike < UNLIKE) & (tint.amin(1) < TINT) & (radius > RADIUS[0]) & (radius < RADIUS[1]) & inside
+
+    # The ground: how far it is from plain and light, each part in units of its limit.
+    scene = torch.zeros_like(rest).index_add_(0, b, flat)                                  # what the objects explain
+    left = rest - torch.minimum(torch.maximum(rest, -_grow(-scene)), _grow(scene))         # an edge may be a pixel off
+    core = torch.zeros_like(far).index_add_(0, b, (alpha > .97).float())
+    sure = torch.maximum(far, core * (1 - _grow(1 - core)))[:, None]                       # no edges (B, 1, S, S)
+    stain = torch.maximum(_largest_mean(rest - scene, sure, 5, .5) / STAIN[0],
+                          _largest_mean(rest, far[:, None], 7, .8) / STAIN[1])
+    parts = {"noise": noise / NOISE, "texture": _texture(rest, far, noise) / TEXTURE, "stain": stain,
+             "left": _largest_mean(left, torch.ones_like(sure), 3, .5) / (LEFT[0] + LEFT[1] * noise),
+             "ground": ((ground - sum(GROUND) / 2).abs().amax(1) / ((GROUND[1] - GROUND[0]) / 2)),
+             "tinge": (ground.amax(1) - ground.amin(1)) / TINGE}
+    excess = torch.stack(list(parts.values()))                                             # (6, B)
+    plain = (excess <= 1).all(0)
+    clean = 1 / (1 + .2 * (excess[:4].square().sum(0) + 4 * (excess[4:] - 1).clamp(min=0).sum(0)))
+
+    # The scene: objects against what was asked for, matched one to one at best.
+    like = (-(misfit - misfit.gather(1, is_kind[:, None])).clamp(min=0) / .05).exp()       # (P, kinds)
+    like = like * ((.35 - unlike) / (.35 - UNLIKE)).clamp(0, 1)[:, None]
+    shade = (1 - (tint - .1) / .4).clamp(0, 1)                                             # (P, hues)
+    shade = torch.cat((shade, shade.amax(1, keepdim=True)), 1)                             # the last: any hue
+    fit = like.gather(1, kind[b].clamp(min=0)) * (.4 + .6 * shade.gather(1, hue[b] % (len(HUES) + 1)))  # (P, 4)
+    fit = torch.zeros(B, KEEP, 4, device=device).index_put((b, k), fit * (kind[b] >= 0))
+    orders = torch.tensor(list(itertools.permutations(range(KEEP), 4)), device=device)     # (120, 4)
+    match, best = fit[:, orders, torch.arange(4, device=device)].sum(2).max(1)             # (B,)
+    objects = match / total
+    hit = good[:, None] & (is_kind[:, None] == kind[b]) & ((hue[b] < 0) | (tint.argmin(1)[:, None] == hue[b]))
+    have = torch.zeros(B, 4, device=device).index_add_(0, b, hit.float())
+    right = ((have == alike) | (kind < 0)).all(1) & (found == total)
+    place = torch.full((B, KEEP, 2), torch.nan, device=device).index_put((b, k), pose[:, :2])
+    first, second = (place[torch.arange(B, device=device), orders[best, j]] for j in (0, 1))
+    step = (second - first) / (second - first).norm(dim=1, keepdim=True).clamp(min=1e-3)
+    cosine = (step * relation).sum(1).nan_to_num(-1)                                       # 1: exactly in the direction
+    asked = relation.any(1)
+    relates = torch.where(asked, ((cosine + .25) / 1.1).clamp(0, 1), 1.)
+    strict = right & plain & (~asked | (cosine > math.sqrt(.5)))
+    soft = clean * objects * (.5 + .5 * relates) / (1 + .5 * (found - total).clamp(min=0))
+    nan = torch.where(finite, 0., torch.nan)
+    return {"soft": soft + nan, "strict": strict.float() + nan, "found": found.float(), "objects": objects,
+            "right": right.float(), "relation": relates, "clean": clean, **parts,
+            "unlike": torch.zeros(B, device=device).scatter_reduce(0, b, unlike, "amax")}
+
+
+def _shapes(pick):
+    return lambda weights, device: lambda images, prompts, meta: pick(verify(images, meta))
+
+
+# =====================================================================================================================
+# Names
+# =====================================================================================================================
+REWARDS = {
+    "shapes": _shapes(lambda v: (v["soft"] + v["strict"]) / 2),
+    "shapes-soft": _shapes(lambda v: v["soft"]),
+    "shapes-strict": _shapes(lambda v: v["strict"])}
+
+
+# =====================================================================================================================
+# Command line
+# =====================================================================================================================
+
+def score_folder(spec, folder, weights=None, device="cpu", batch=64):
+    """Score the images that folder/prompts.jsonl lists, a line each: {"file", "prompt", and what a verifier needs}.
+
+    Returns its rows, each with a "reward" added. Raises ValueError, in one line, for what cannot be read or scored.
+    """
+    score, folder = load(spec, weights, device), pathlib.Path(folder)
+    listing = folder / "prompts.jsonl"
+    if not listing.is_file():
+        raise ValueError(f"there is no {listing}: it says what the images should show, {{'file', 'prompt'}} a line")
+    rows = data.prompts(listing, "test")
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row.get("file"), str):
+            raise ValueError(f"{listing}: row {i} names no file")
+    bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
+    for start in range(0, len(rows), batch):
+        sizes = {}                                                     # images of one size make one batch
+        for row in rows[start:start + batch]:
+            image = np.array(_open(folder / row["file"]))                                  # (H, W, 3) uint8
+            sizes.setdefault(image.shape, []).append((row, image))
+        for group in sizes.values():
+            some = [row for row, _ in group]
+            images = torch.from_numpy(np.stack([image for _, image in group])).to(device)
+            values = score(images.permute(0, 3, 1, 2).float() / 255, [row["prompt"] for row in some], some)
+            for row, value in zip(some, values.tolist()):
+                row["reward"] = value
+            bar.update(len(some))
+    return rows
+
+
+def _open(path):
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as e:
+        raise ValueError(f"cannot read the image {path}: {e.args[-1]}") from None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
+    parser.add_argument("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
+    parser.add_argument("--weights", help="the directory of the reward networks' weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        rows = score_folder(args.reward, args.images, args.weights, args.device)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
+    groups = {}
+    for row in rows:
+        groups.setdefault(row.get("tag", "all"), []).append(row["reward"])
+    if len(groups) > 1:
+        groups["all"] = [row["reward"] for row in rows]
+    print(f"{args.reward:<20}{'images':>8}{'mean':>9}{'failed':>8}")
+    for tag, values in groups.items():
+        good = [v for v in values if math.isfinite(v)]
+        mean = sum(good) / len(good) if good else math.nan
+        print(f"{tag:<20}{len(values):>8}{mean:>9.4f}{len(values) - len(good):>8}")
+    with open(pathlib.Path(args.images) / "scores.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(("file", "prompt", args.reward))
+        writer.writerows((row["file"], row["prompt"], f"{row['reward']:.5f}") for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""The exact verifier of the tiny world, and how rewards are loaded and called.
+
+Share of 1200 training scenes that are strictly right, and of 400 test scenes after damage, by image size:
+
+    size                                  32      28      24
+    clean                              1.000   1.000   1.000
+    Gaussian noise, std .06             .999   1.000   1.000
+    Gaussian noise, std .1              .989    .984    .977
+    3 x 3 box blur                     1.000   1.000    .991
+    bent by .3 pixels                   .998    .998    .998
+    bent by .5 pixels                   .976    .983    .983
+    paired with a prompt that differs   .000    .000    .000
+    checker of 2 or 4 pixels, +-.05     .000    .000    .000
+    half in another colour              .000    .000    .000
+    a hole of 3 x 3 pixels              .000    .000    .000
+    an extra blob of 5 pixels           .000    .000    .000
+    split by a gap of 2 pixels          .000    .000    .000
+    split by a gap of 1 pixel           .020    .032    .010   rings, whose strokes are two pixels wide
+"""
+import csv
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import rewards
+
+torch.set_num_threads(1)
+PALETTE = torch.tensor(list(data.COLORS.values()))
+
+
+def scenes(n, seed=1, split="train", size=32):
+    metas = data.draw_prompts(data.world_prompts(split), n, seed)
+    return metas, data.render(metas, seed + 1, size)
+
+
+def rate(images, metas, key="strict", batch=200):
+    starts = range(0, len(metas), batch)
+    return torch.cat([rewards.verify(images[i:i + batch], metas[i:i + batch])[key] for i in starts]).mean().item()
+
+
+def gauss(images, std, seed=0):
+    return images + std * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bend(images, amplitude, seed=0):
+    """Move every pixel by a smooth random field with a standard deviation of about `amplitude` pixels at size 32."""
+    n, size = len(images), images.shape[-1]
+    field = torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) * amplitude / 16
+    field = F.interpolate(field, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    axis = (torch.arange(size) + .5) / size * 2 - 1
+    return F.grid_sample(images, torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2) + field,
+                         padding_mode="border", align_corners=False)
+
+
+def differ(a, b):
+    """Whether no image can be right for both metas."""
+    def classes(meta):
+        return {o["class"]: o["count"] for o in meta["include"]}
+
+    def colors(meta):
+        return {o["class"]: o["color"] for o in meta["include"] if "color" in o}
+    return classes(a) != classes(b) or any(colors(b).get(k, c) != c for k, c in colors(a).items())
+
+
+HONEST = {"clean": lambda x: x, "noise .06": lambda x: gauss(x, .06), "noise .1": lambda x: gauss(x, .1),
+          "blur": rewards._mean, "bend .3": lambda x: bend(x, .3), "bend .5": lambda x: bend(x, .5)}
+FLOOR = {"clean": (.995, .995, .995), "noise .06": (.98, .98, .98), "noise .1": (.95, .95, .95),
+         "blur": (.98, .98, .95), "bend .3": (.98, .98, .97), "bend .5": (.94, .92, .88)}
+
+
+@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("size", [32, 28, 24])
+def test_honest_images_are_right(name, size):
+    n = 1200 if name == "clean" and size == 32 else 300
+    metas, images = scenes(n, size=size)
+    images = HONEST[name](images)
+    assert rate(images, metas) >= FLOOR[name][(32, 28, 24).index(size)]
+    if name == "clean":
+        for task in data.TASKS:
+            some = [i for i, m in enumerate(metas) if m["tag"] == task]
+            assert rate(images[some], [metas[i] for i in some]) >= .99
+        soft = rewards.verify(images[:300], metas[:300])["soft"]
+        assert soft.min() > .96 and soft.mean() > .99
+
+
+@pytest.mark.parametrize("size", [32, 24])
+def test_images_of_other_prompts_are_wrong(size):
+    metas, images = scenes(1200, size=size)
+    other = metas[1:] + metas[:1]
+    pairs = [i for i in range(len(metas)) if differ(metas[i], other[i])]
+    assert len(pairs) > 1000
+    asked = [other[i] for i in pairs]
+    assert rate(images[pairs], asked) <= .005
+    assert rate(images[pairs], asked, "soft") < .3
+
+
+def variants(meta):
+    """Metas that a scene of this one is nearly, but not, right for."""
+    include = meta["include"]
+    if meta["tag"] == "counting":
+        for n in {2, 3, 4} - {include[0]["count"]}:
+            yield [{**include[0], "count": n}]
+    if meta["tag"] == "colors":
+        yield [{**include[0], "color": "red" if include[0]["color"] != "red" else "pink"}]
+    if meta["tag"] == "color_attr":
+        yield [{**a, "color": b["color"]} for a, b in (include, include[::-1])]
+    if meta["tag"] == "position":
+        for relation in set(data.RELATIONS) - {include[1]["position"][0]}:
+            yield [include[0], {**include[1], "position": [relation, 0]}]
+    if len(include) == 2:
+        yield include[:1]
+    if meta["tag"] == "single_object":
+        yield [{**include[0], "class": "heart" if include[0]["class"] != "heart" else "circle"}]
+        yield [{**include[0], "count": 2}]
+
+
+def test_near_misses_are_wrong_and_their_soft_score_is_lower():
+    metas, images = scenes(300)
+    right = rewards.verify(images, metas)["soft"]
+    rows = [(i, {**m, "include": v}) for i, m in enumerate(metas) for v in variants(m)]
+    index, wrong = [i for i, _ in rows], [m for _, m in rows]
+    scores = rewards.verify(images[index], wrong)
+    assert scores["strict"].sum() == 0
+    assert (scores["soft"] < right[index] - .1).all()
+    assert scores["soft"].mean() > .2                                  # graded: a near miss is worth something
+
+
+def checker(images, period, amplitude):
+    i = torch.arange(images.shape[-1])
+    return images + amplitude * ((i[:, None] // period + i // period) % 2 * 2 - 1)
+
+
+def test_a_ground_that_is_not_plain_and_light_is_wrong():
+    metas, images = scenes(200, split="test")
+    ground, rest, far, *_ = rewards._objects(images)
+    far, size = far[:, None], images.shape[-1]
+    ramp = torch.arange(size) / size
+    patch = .04 * torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(1, size // 4, size // 4)
+    grounds = {f"checker {p}": torch.where(far > 0, checker(images, p, .05), images) for p in (1, 2, 4, 8)}
+    grounds |= {"checker over all": checker(images, 2, .05),
+                "stripes": images + .05 * (torch.arange(size) // 2 % 2 * 2 - 1),
+                "patch grid": images + patch * far, "ramp": images - .15 * ramp * far, "noise .15": gauss(images, .15),
+                "white": torch.where(far > 0, 1., images), "grey": torch.where(far > 0, .75, images),
+                "tinted": torch.where(far > 0, torch.tensor([.96, .88, .86])[:, None, None], images)}
+    for name, bad in grounds.items():
+        assert rate(bad, metas) <= .005, name
+        assert rate(bad, metas, "soft") < rate(images, metas, "soft") - .1, name
+
+
+def test_images_that_show_nothing_are_wrong():
+    metas, images = scenes(100)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    for bad in (noise, noise.round(), torch.zeros_like(images), torch.ones_like(images), torch.full_like(images, .9),
+                1 - images, rewards._mean(noise, 7)):
+        assert rate(bad, metas) == 0
+        assert rate(bad, metas, "soft") < .1
+    assert rate(rewards._objects(images)[0][:, :, None, None].expand_as(images), metas, "soft") == 0
+
+
+def test_colours_that_are_not_the_worlds_are_wrong():
+    """Paint that is clipped, stronger or paler by so much that even pink and black are .12 away from themselves."""
+    metas, images = scenes(200, split="test")
+    ground, rest, far, *_ = rewards._objects(images)
+    paint = 1 - far[:, None]
+    for bad in (torch.where(paint > 0, (images - .5) * 1.6 + .5, images),
+                torch.where(paint > 0, (images > .5).float(), images),
+                ground[:, :, None, None] + 1.6 * rest, ground[:, :, None, None] + .5 * rest):
+        assert rate(bad, metas) <= .005
+    grey = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    colored = [i for i, m in enumerate(metas) if m["tag"] == "colors" and m["include"][0]["color"] != "black"]
+    assert rate(grey[colored], [metas[i] for i in colored]) == 0
+
+
+def damaged(images, damage):
+    """Apply damage(image (3, S, S), mask (S, S) of its largest object, ground (3, 1, 1), i) to each image."""
+    ground, _, _, _, b, k, own, _ = rewards._objects(images)
+    first = own[k == 0]
+    rows = zip(images, first, ground[:, :, None, None])
+    return torch.stack([damage(image, mask > 0, g, i) for i, (image, mask, g) in enumerate(rows)])
+
+
+def grown(mask, n=1):
+    return rewards._grow(mask[None].float(), n)[0] > 0
+
+
+def split(width):
+    def damage(image, mask, ground, i):
+        start = mask.nonzero()[:, 1].float().mean().round() - width // 2
+        x = torch.arange(len(mask))
+        return torch.where((x >= start) & (x < start + width) & grown(mask), ground, image)
+    return damage
+
+
+def half(image, mask, ground, i, paint=None):
+    y = mask.nonzero()[:, 0].float().mean()
+    lower = (torch.arange(len(mask)) > y)[:, None].expand_as(mask)
+    return torch.where(lower & (grown(mask, 2) if paint is None else mask), ground if paint is None else paint, image)
+
+
+def half_other(image, mask, ground, i):
+    mean = image[:, mask].mean(1)
+    return half(image, mask, ground, i, PALETTE[(PALETTE - mean).norm(dim=1).argsort()[1 + i % 7]][:, None, None])
+
+
+def hollow(image, mask, ground, i):
+    """A hole of 3 x 3 pixels, a pixel or more inside the edge, where there is room for one."""
+    room = (~grown(~mask, 2)).nonzero()
+    y, x = room[len(room) // 2].tolist() if len(room) else (0, 0)
+    hole = torch.zeros_like(mask)
+    hole[max(y - 1, 0):y + 2, max(x - 1, 0):x + 2] = True
+    return torch.where(hole, ground, image) if len(room) else ground.expand_as(image)
+
+
+def blob(radius):
+    def damage(image, mask, ground, i):
+        objects = (image - ground).norm(dim=0) > .1
+        y, x = (~grown(objects, math.ceil(radius) + 2)).nonzero()[i % 7 * 11].tolist()
+        axis = torch.arange(len(mask))
+        spot = (axis[:, None] - y)**2 + (axis - x)**2 <= radius**2
+        return torch.where(spot, PALETTE[i % 8][:, None, None], image)
+    return damage
+
+
+def bridge(image, mask, ground, i):
+    """A line, two pixels wide, from the largest object to the border: it touches whatever is in between."""
+    y, x = mask.nonzero().float().mean(0).round().long().tolist()
+    image = image.clone()
+    image[:, y:y + 2, x:] = image[:, mask].mean(1)[:, None, None]
+    return image
+
+
+def erase(image, mask, ground, i):
+    return torch.where(grown(mask, 2), ground, image)
+
+
+def double(image, mask, ground, i):
+    """A copy of the largest object, two pixels beside it where there is room; else an empty image."""
+    at = mask.nonzero().T                                              # (2, n): y, x
+    extent = at.amax(1) - at.amin(1) + 3
+    for move in torch.cat((extent.diag(), -extent.diag())):
+        y, x = to = at + move[:, None]
+        if to.min() >= 0 and to.max() < len(mask) and (image[:, y, x] - ground[:, 0]).abs().max() < .1:
+            image = image.clone()
+            image[:, y, x] = image[:, at[0], at[1]]
+            return image
+    return ground.expand_as(image)
+
+
+@pytest.mark.parametrize("damage, limit", [
+    (split(1), .04), (split(2), 0), (split(3), 0), (half_other, 0), (hollow, 0), (bridge, 0), (erase, 0), (double, 0),
+    (blob(1), 0), (blob(1.5), 0), (blob(3), 0)], ids=[
+    "split by 1", "split by 2", "split by 3", "half in another colour", "hollow", "bridge", "erased", "doubled",
+    "5 px blob", "9 px blob", "29 px blob"])
+def test_damaged_objects_are_wrong(damage, limit):
+    metas, images = scenes(200, split="test")
+    bad = damaged(images, damage)
+    assert rate(bad, metas) <= limit
+    assert rate(bad, metas, "soft") < .75
+
+
+def test_half_an_object_is_wrong_unless_it_is_a_smaller_one():
+    metas, images = scenes(300, split="test")
+    whole = [i for i, m in enumerate(metas) if all(o["class"] != "triangle" for o in m["include"])]
+    assert rate(damaged(images[whole], half), [metas[i] for i in whole]) <= .01
+
+
+def test_sizes_outside_the_world_are_wrong():
+    metas, images = scenes(100)
+    ground = rewards._objects(images)[0]
+    tiny = ground[:, :, None, None].repeat(1, 1, 32, 32)
+    tiny[:, :, 8:18, 8:18] = F.interpolate(images, size=10, mode="area")
+    assert rate(tiny, metas) == 0
+
+
+def test_values_outside_the_range_nan_and_other_sizes():
+    metas, images = scenes(8)
+    images[3, 0, 0, 0] = math.nan
+    scores = rewards.load("shapes")(images, [m["prompt"] for m in metas], metas)
+    assert scores.dtype == torch.float32 and scores.shape == (8,)
+    assert scores.isnan().tolist() == [i == 3 for i in range(8)]
+    metas, images = scenes(60, size=48)
+    assert rate(images, metas) >= .98
+    with pytest.raises(ValueError, match="cannot check"):
+        rewards.verify(images[:1], [{"prompt": "a dog"}])
+    with pytest.raises(ValueError, match="cannot check"):
+        rewards.verify(images[:1], [{"include": [{"class": "dog", "count": 1}]}])
+
+
+def test_components_of_a_spiral_and_of_many_dots():
+    mask = torch.zeros(2, 24, 24)
+    top, bottom, left, right = 0, 23, 0, 23
+    while top + 2 < bottom:                                            # one long path, a worst case for propagation
+        mask[0, top, left:right + 1] = mask[0, top:bottom + 1, right] = mask[0, bottom, left:right + 1] = 1
+        mask[0, top + 2:bottom + 1, left] = 1
+        mask[0, top + 2, left:left + 3] = 1
+        top, bottom, left, right = top + 2, bottom - 2, left + 2, right - 2
+    mask[1, ::2, ::2] = 1
+    scipy = pytest.importorskip("scipy.ndimage")
+    random = (torch.rand(6, 24, 24, generator=torch.Generator().manual_seed(0)) > .6).float()
+    mask = torch.cat((mask, random))
+    for m, labels in zip(mask, rewards.components(mask)):
+        want, n = scipy.label(m.numpy(), structure=[[1] * 3] * 3)
+        pairs = set(zip(want.ravel().tolist(), labels.tolist()))
+        assert len(pairs) == len(labels.unique()) == n + (m == 0).any().int().item()
+
+
+def test_load_names_sums_and_functions(tmp_path):
+    metas, images = scenes(6)
+    prompts = [m["prompt"] for m in metas]
+    parts = rewards.verify(images, metas)
+    call = lambda spec: rewards.load(spec)(images, prompts, metas)     # noqa: E731
+    assert torch.equal(call("shapes-strict"), parts["strict"]) and torch.equal(call("shapes-soft"), parts["soft"])
+    torch.testing.assert_close(call("shapes"), (parts["soft"] + parts["strict"]) / 2)
+    torch.testing.assert_close(call("shapes-soft:0.5, shapes-strict:-2"), .5 * parts["soft"] - 2 * parts["strict"])
+    file = tmp_path / "mine.py"
+    file.write_text("def red(images, prompts, meta):\n    return images[:, 0].mean((1, 2)).tolist()\n"
+                    "def short(images, prompts, meta):\n    return images[1:, 0, 0, 0]\n")
+    torch.testing.assert_close(call(f"{file}:red:2"), 2 * images[:, 0].mean((1, 2)))
+    with pytest.raises(RuntimeError, match=r"short.*\(5,\) for 6 images"):
+        call(f"{file}:short")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    for spec in ("shape", "", "shapes:x", "shapes:nan", "shapes,", f"{file}:blue", f"{tmp_path}/none.py:red", f"{file}",
+                 f"{tmp_path}/broken.py:red"):
+        with pytest.raises(ValueError) as e:
+            rewards.load(spec)
+        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="shapes, shapes-soft, shapes-strict"):
+        rewards.load("pretty")
+
+
+def test_command_line(tmp_path, capsys):
+    metas, images = scenes(5)
+    rows = []
+    for i, (meta, x) in enumerate(zip(metas, images)):
+        Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", **meta})
+    listing = tmp_path / "prompts.jsonl"
+    listing.write_text("\n".join(map(json.dumps, rows)))
+    assert rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last == ["all", "5", "1.0000", "0"]
+    table = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [row["file"] for row in table] == [row["file"] for row in rows] and float(table[0]["shapes-strict"]) == 1
+
+    def refused(reward="shapes", folder=tmp_path):
+        assert rewards.main(["--reward", reward, "--images", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "Traceback" not in err
+        return err
+    assert "unknown reward" in refused("beauty")
+    assert "prompts.jsonl" in refused(folder=tmp_path / "none")
+    listing.write_text(json.dumps({"prompt": "a photo of a ring"}))
+    assert "names no file" in refused()
+    listing.write_text(json.dumps({"file": "9.png", "prompt": "a photo of a ring"}))
+    assert "9.png" in refused()
+    listing.write_text(json.dumps({"file": "0.png", "prompt": "a photo of a ring"}))
+    assert "cannot check" in refused()
+    (tmp_path / "0.png").write_text("no image")
+    assert "0.png" in refused()
+    listing.write_text("{")
+    assert "not a valid .jsonl" in refused()
