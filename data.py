@@ -437,6 +437,10 @@ def cli(config, presets, argv=None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
+
+    def refuse(message):                                               # argparse would print the usage of all flags
+        raise ValueError(f"{message} (--help lists all flags)")
+    parser.error = refuse
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", config.preset)
     if preset not in presets:
@@ -458,12 +462,18 @@ def check_common(cfg):
     if cfg.groups < 1 or cfg.groups % world:
         raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, since "
                          f"its images are compared with each other. Try --groups {max(1, -(-cfg.groups // world)) * world}.")
-    for name in ("steps", "sample_steps", "eval_steps", "eval_images", "micro_batch", "updates"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: 1 or more")
-    for name in ("lr", "minutes"):
+    least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
+    least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
+    least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level")}
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
+    for name in ("lr", "minutes", "shift", "max_grad_norm", "adv_clip"):
         if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: more than 0")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: more than 0")
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
 
 
@@ -476,15 +486,17 @@ def exit_codes():
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
+        sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
 
 
 class Run:
     """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
 
-    Made first by every `train`. Opens OUT (a free one by default), refuses one that holds another run, and finds the
-    state to resume from. Counters are global: images made, network passes forward and backward, optimizer updates.
+    Made first by every `train`. Chooses OUT (a free one by default), refuses one that holds another run, and finds the
+    state to resume from; nothing is written before `begin`. Counters are global: images made, network passes forward and
+    backward in training (guidance makes two of one; evaluation and checks are not counted), optimizer updates.
     """
 
     def __init__(self, cfg, method):
@@ -528,31 +540,45 @@ class Run:
             dist.broadcast_object_list(box)
             out = pathlib.Path(box[0])
         settings, state = dataclasses.asdict(cfg), None
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
-            if not (out / file).is_file():
-                raise ValueError(f"--resume: {out / file} does not exist; leave --resume away to start a run there")
-            with open(out / "config.json", encoding="utf-8") as f:
-                before = json.load(f)
+            if not (out / "config.json").is_file():
+                raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start a run there")
+            try:
+                before = json.loads((out / "config.json").read_bytes())
+            except ValueError:
+                raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every")
             for key, value in settings.items():
                 if key not in free and before.get(key) != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
-            try:
-                state = torch.load(out / file, map_location=self.device, weights_only=True)
+            try:                                                      # killed before its first checkpoint: from the start
+                state = (out / file).exists() and torch.load(out / file, map_location=self.device, weights_only=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); start anew with another --out") from None
-        elif out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
-        if self.rank == 0:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-            (out / "last").mkdir(exist_ok=True)
-            if state:                                                 # rows that the lost steps wrote are written again
-                rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-                rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["count"]["step"]]
-                write_atomic(out / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())
-            else:
-                write_atomic(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        self._refuse_taken(out)
         return out, state
+
+    def _refuse_taken(self, out):
+        if not self.cfg.resume and out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
+
+    def begin(self):
+        """Make OUT, once all inputs are known to be good; on --resume, take back the rows that the lost steps wrote."""
+        if self.world > 1:
+            dist.barrier()                                            # all have looked at OUT before it changes
+        if self.rank == 0:
+            self._refuse_taken(self.out)                              # another run may have been quicker
+            try:
+                (self.out / "samples").mkdir(parents=True, exist_ok=True)
+                (self.out / "last").mkdir(exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
+            if not self.state:
+                write_atomic(self.out / "config.json", (json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n").encode())
+            with open(self.out / "metrics.jsonl", "ab") as f:
+                f.truncate(self.state["written"] if self.state else 0)
 
     def say(self, text):
         """Print on the first process, above the progress bar."""
@@ -618,7 +644,8 @@ class Run:
         """Append one line to metrics.jsonl: the counters, then the row."""
         self.count["seconds"] = round(time.time() - self.start, 3)
         if self.rank == 0:
-            row = {**self.count, **{key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()}}
+            row = {key: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None   # JSON has no NaN
+                   for key, v in {**self.count, **row}.items()}
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
@@ -626,7 +653,8 @@ class Run:
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters."""
         if self.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**state, "count": self.count, "norms": self.norms}, buffer)
+            written = (self.out / "metrics.jsonl").stat().st_size
+            torch.save({**state, "count": self.count, "norms": self.norms, "written": written}, buffer)
             write_atomic(self.out / "last" / "state.pt", buffer.getvalue())
 
 
@@ -646,25 +674,35 @@ def groups(metas, n, group_size, *key):
     return [meta["prompt"] for meta in rows], rows
 
 
+def scored(name, score, images, prompts, metas):
+    """score(images, prompts, metas), (B,) float32. Raises ValueError if it raises or does not return one number each."""
+    try:
+        reward = score(images, prompts, metas)
+    except Exception as error:
+        raise ValueError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
+    if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
+        got = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
+        raise ValueError(f"the reward {name} returned {got} for {len(prompts)} images: it must return one number each")
+    return reward.detach().float()
+
+
+def masked(name, reward):
+    """A global batch of rewards, NaN where one failed. Raises ValueError if more than a tenth did: that is no accident."""
+    reward = torch.where(reward.isfinite(), reward, torch.nan)
+    failed = int(reward.isnan().sum())
+    if failed > len(reward) / 10:
+        raise ValueError(f"the reward {name} gave NaN or infinity for {failed} of {len(reward)} images, more than a tenth: "
+                         f"nothing can be learned from it")
+    return reward
+
+
 def masked_reward(run, score, images, prompts, metas):
     """Score this process's images and gather: (B,) float32 on the CPU, all processes', NaN where the reward failed.
 
     Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of the batch.
     """
-    try:
-        reward = score(images, prompts, metas)
-    except Exception as error:
-        raise ValueError(f"the reward {run.cfg.reward} failed: {type(error).__name__}: {error}") from error
-    if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
-        got = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
-        raise ValueError(f"the reward {run.cfg.reward} returned {got} for {len(prompts)} images: it must return one number each")
-    reward = run.gather(reward.detach().float().to(run.device)).cpu()
-    reward = torch.where(reward.isfinite(), reward, torch.nan)
-    failed = int(reward.isnan().sum())
-    if failed > len(reward) / 10:
-        raise ValueError(f"the reward {run.cfg.reward} gave NaN or infinity for {failed} of {len(reward)} images, more than "
-                         f"a tenth: nothing can be learned from it")
-    return reward
+    reward = scored(run.cfg.reward, score, images, prompts, metas)
+    return masked(run.cfg.reward, run.gather(reward.to(run.device)).cpu())
 
 
 def image_stats(images, group_size):

@@ -257,9 +257,10 @@ def evaluate(pipe, rows, score, cfg, run, scale):
     prompts = [rows[i]["prompt"] for i in own]
     images = sample(pipe, prompts, [("eval", i) for i in own], cfg, scale)
     total = torch.zeros(len(rows), dtype=torch.float64)
-    total[own] = score(images, prompts, [rows[i] for i in own]).double().cpu()
-    total, tags = run.sum(total).cpu(), [row.get("tag", "all") for row in rows]
-    return total.mean().item(), {tag: round(total[[t == tag for t in tags]].mean().item(), 4) for tag in dict.fromkeys(tags)}
+    total[own] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in own]).double().cpu()
+    total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
+    return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
+                                    for tag in dict.fromkeys(tags)}
 # == end ==
 
 
@@ -306,10 +307,12 @@ def train(cfg):
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test, val = (data.draw_prompts(rows[split], n, split) for split, n in (("test", cfg.eval_images), ("val", cfg.val_images)))
     null = pipe.encode_text([""])
+    pipe.latent_shape(cfg.resolution)                                  # refuses one that the model cannot make
     ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)    # T + 1 times, from 1 down to 0
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+    run.begin()
 
     before, checked = {}, False
     if run.state:
