@@ -411,10 +411,11 @@ def train(cfg):
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size
-        run.count["forwards"] += cfg.groups * (cfg.group_size * cfg.sample_steps * (1 + (cfg.cfg_rollout != 1)) + G
-                                               * cfg.updates * cfg.timesteps * (2 + (cfg.cfg_ref != 1) + (cfg.cfg_train != 1)
-                                                                                + (cfg.clip_range > 0)))
-        run.count["backwards"] += cfg.groups * G * cfg.updates * cfg.timesteps
+        both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}   # passes an image
+        seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
+        run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * (
+            both["ref"] + both["train"] * (1 + (cfg.clip_range > 0)))
+        run.count["backwards"] += seen * both["train"]
         loss, kl, dsm = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
                "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}

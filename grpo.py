@@ -392,7 +392,7 @@ def train(cfg):
         passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
         run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
                                                                 + len(trained) * passes)
-        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained)
+        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (1 + (cfg.cfg_train != 1))
         loss, kl, *values = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
                **dict(zip(stats, values)), "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
