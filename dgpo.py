@@ -205,10 +205,10 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     """
     if t_next == 0:
         return x_0hat
-    lam, lam_next = (math.log((1 - s) / s) for s in (t, t_next))
+    lam, lam_next = (math.log((1 - s) / s) if s < 1 else -math.inf for s in (t, t_next))
     h, d = lam_next - lam, x_0hat
     if x_0hat_last is not None:
-        r = (lam - math.log((1 - t_last) / t_last)) / h
+        r = (lam - math.log((1 - t_last) / t_last)) / h if t_last < 1 else math.inf
         d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
     return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
 

@@ -92,6 +92,8 @@ class Config:
         if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
             raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
                              f"--kl-beta {self.kl_beta} 0 or more")
+        if self.sde == "cps" and self.sample_steps == 1:
+            raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn from")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
@@ -180,10 +182,10 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     """
     if t_next == 0:
         return x_0hat
-    lam, lam_next = (math.log((1 - s) / s) for s in (t, t_next))
+    lam, lam_next = (math.log((1 - s) / s) if s < 1 else -math.inf for s in (t, t_next))
     h, d = lam_next - lam, x_0hat
     if x_0hat_last is not None:
-        r = (lam - math.log((1 - t_last) / t_last)) / h
+        r = (lam - math.log((1 - t_last) / t_last)) / h if t_last < 1 else math.inf
         d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
     return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
 
@@ -340,7 +342,7 @@ def train(cfg):
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         place, choice = data.uniform(1, cfg.seed, step, "window")[0], data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
-        first = int(place * (cfg.sample_steps - cfg.window + 1)) if cfg.window else 0
+        first = int(place * max(1, cfg.sample_steps - cfg.window)) if cfg.window else 0    # not on the last step, see below
         window = range(first, first + (cfg.window or cfg.sample_steps))
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
