@@ -1,0 +1,834 @@
+"""Networks, text encoders, tokenizers, weights, LoRA and schedules: what an RL paper would not print.
+
+Each network is a chapter that can be copied out alone. Its parameters are named as in the public checkpoints, so a file
+loads strictly, with no renaming table. Every chapter is tested against the public library that it can be mistaken for.
+
+    Weights      from_pretrained, save_pretrained: the diffusers / transformers directory layout
+    MMDiT        the transformer of SD3 and SD3.5 (joint attention; dual attention and qk norm where the config says so)
+    CLIPText     the CLIP text encoder, and its tokenizer
+    Pipeline     load: a directory or a name -> networks, text features, decoding
+    Schedules    the list of times of a sampler
+    LoRA         add_lora, save_lora, load_lora; other weights for a moment: using
+    Pretraining  python models.py pretrain: how the tiny model under tests/tiny was made
+
+Times t are flow times in [0, 1], 1 = noise. Shapes: B batch, C, H, W latent, L text tokens, N image tokens, D width.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, each naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, so its directory is no complete checkpoint: download it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged, a {type(content).__name__} and not an object: download it again")
+    return content
+
+
+def weight_files(directory):
+    """The safetensors files of one network, shards included. Raises FileNotFoundError naming what is absent."""
+    directory = Path(directory)
+    for name in ("diffusion_pytorch_model", "model"):                # diffusers' name, transformers' name
+        for variant in ("", ".fp16"):
+            index = directory / f"{name}.safetensors.index{variant}.json"
+            if index.is_file():
+                files = [directory / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+                if not files:
+                    raise ValueError(f"{index} is damaged, it names no file: download it again")
+                for file in files:
+                    if not file.is_file():
+                        raise FileNotFoundError(f"{file} is missing, and {index.name} names it: download it again")
+                return files
+            file = directory / f"{name}{variant}.safetensors"
+            if file.is_file():
+                return [file]
+    raise FileNotFoundError(f"{directory} holds no *.safetensors weights: download or train the model first")
+
+
+def read_tensors(files, want, rename=lambda key: key, ignore=()):
+    """Yield (name, tensor) from memory-mapped safetensors files: exactly the names and shapes of the dict `want`.
+
+    rename maps a file's key to a name; keys that end in one of `ignore` are skipped. Raises FileNotFoundError, or
+    ValueError naming the damaged file or the first tensor that is unexpected, wrongly shaped or missing.
+    """
+    missing = dict.fromkeys(want)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                keys = list(tensors.keys())
+            for key in keys:
+                name = rename(key)
+                if name not in want and key.endswith(tuple(ignore)):
+                    continue
+                if name not in want:
+                    raise ValueError(f"{file}: unexpected tensor {key}: the file belongs to another architecture")
+                with safe_open(file, framework="pt") as tensors:      # closed again, it gives its pages back: one copy
+                    tensor = tensors.get_tensor(key)
+                if tensor.shape != want[name].shape:
+                    raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, the network's {name} is "
+                                     f"{tuple(want[name].shape)}: the file belongs to another configuration")
+                missing.pop(name, None)
+                yield name, tensor
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): download it again") from None
+    if missing:
+        raise ValueError(f"{files[0]}: tensor {next(iter(missing))} is missing, {len(missing)} in all: the file is "
+                         f"incomplete or belongs to another architecture")
+
+
+def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+    """Read config.json and *.safetensors (one file, or shards with an index) from a directory, strictly.
+
+    Returns the network in eval mode, without gradients. Raises FileNotFoundError or ValueError naming file and tensor.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    name = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if name is not None and name not in cls.public_names:
+        raise ValueError(f"{directory}/config.json describes a {name}, not a {' or '.join(cls.public_names)}: is it "
+                         f"another part of the pipeline?")
+    with torch.device("meta"):                                        # shapes without memory
+        net = cls(**config)
+    want = net.state_dict()
+
+    def rename(key):
+        return key if key in want else cls.prefix + key
+    tensors = read_tensors(weight_files(directory), want, rename, cls.ignore)
+    net.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def save_pretrained(net, directory, dtype=None):
+    """Write config.json and the weights so that `from_pretrained`, diffusers and transformers read them.
+
+    Raises ValueError for a network with a LoRA, which these files have no place for.
+    """
+    if lora_layers(net):
+        raise ValueError(f"{directory}: the network has a LoRA, which save_pretrained would lose: call save_lora")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+             for key, tensor in net.state_dict().items()}
+    save_file(state, directory / f"{net.file_name}.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(net.config, indent=2) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------------- MMDiT
+
+def sinusoid(t, dim, max_period=10000.0):
+    """Sinusoidal features of a scalar, cosines first. t (B,) in the unit of the checkpoint -> (B, dim) float32."""
+    frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency                                               # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def sincos_table(dim, size, base):
+    """Fixed 2-D sine-cosine positions (size*size, dim), column part first, spaced base/size apart, in float64."""
+    place = torch.arange(size, dtype=torch.float64) * (base / size)
+    angle = place[:, None] * 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                  # (size, dim/2)
+    column, row = axis[None].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
+    return torch.cat([column, row], dim=-1).reshape(size * size, dim).float()
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear: the small network in front of a scalar or pooled condition."""
+
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and add the centre crop of a fixed position table."""
+
+    def __init__(self, channels, dim, patch, max_size, base):
+        super().__init__()
+        self.patch, self.max_size = patch, max_size
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.register_buffer("pos_embed", sincos_table(dim, max_size, base)[None])       # (1, max_size^2, D)
+
+    def forward(self, x):
+        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
+        if max(h, w) > self.max_size:
+            raise ValueError(f"{h} x {w} patches do not fit the position table of {self.max_size} x {self.max_size}")
+        top, left = (self.max_size - h) // 2, (self.max_size - w) // 2
+        table = self.pos_embed.view(self.max_size, self.max_size, -1)[top:top + h, left:left + w]
+        return self.proj(x).flatten(2).transpose(1, 2) + table.reshape(1, h * w, -1).to(x.dtype)     # (B, N, D)
+
+
+class Modulation(nn.Module):
+    """SiLU and one Linear: the condition's shifts, scales and gates, `parts` of them, each (B, 1, D)."""
+
+    def __init__(self, dim, parts):
+        super().__init__()
+        self.parts, self.linear = parts, nn.Linear(dim, parts * dim)
+
+    def forward(self, condition):
+        return self.linear(F.silu(condition))[:, None].chunk(self.parts, dim=2)
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then scale and shift. x (B, N, D); shift, scale (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), Linear; net.0.proj and net.2 are the public names."""
+
+    def __init__(self, dim):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, 4 * dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x):
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, each (B, heads, N, d).
+
+    By PyTorch's fused kernel, but for bf16 training on a CPU: there its backward takes seven times the plain one's.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        return (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with its weight in the input's dtype, so that the fused kernel also serves under autocast."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Attention over image tokens, joined by text tokens where context is given (each stream has its own projections).
+
+    joint: the text stream takes part; context_out: its result goes on (not in the last block).
+    """
+
+    def __init__(self, dim, heads, qk_norm, joint, context_out):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        if context_out:
+            self.to_add_out = nn.Linear(dim, dim)
+        norm = (lambda: RMSNorm(dim // heads, eps=1e-6)) if qk_norm else nn.Identity
+        self.norm_q, self.norm_k = norm(), norm()
+        if joint:
+            self.norm_added_q, self.norm_added_k = norm(), norm()
+
+    def forward(self, x, context=None):
+        def split(y):
+            return y.unflatten(2, (self.heads, -1)).transpose(1, 2)                      # (B, heads, N, D/heads)
+        q, k, v = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x))), split(self.to_v(x))
+        if context is not None:
+            q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context)))], dim=2)      # (B, heads, N + L, .)
+            k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context)))], dim=2)
+            v = torch.cat([v, split(self.add_v_proj(context))], dim=2)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)                                   # (B, N [+ L], D)
+        if context is None:
+            return self.to_out[0](y)
+        n = x.shape[1]
+        return self.to_out[0](y[:, :n]), self.to_add_out(y[:, n:]) if hasattr(self, "to_add_out") else None
+
+
+class MMDiTBlock(nn.Module):
+    """One block of SD3: image and text modulated apart, attending together.
+
+    dual: a second, image-only attention beside the joint one (SD3.5-M's first blocks).
+    last: the text stream ends here; it gives keys and values and is dropped.
+    """
+
+    def __init__(self, dim, heads, qk_norm, dual, last):
+        super().__init__()
+        self.dual, self.last = dual, last
+        self.norm1 = Modulation(dim, 9 if dual else 6)
+        self.norm1_context = Modulation(dim, 2 if last else 6)
+        self.attn = Attention(dim, heads, qk_norm, joint=True, context_out=not last)
+        if dual:
+            self.attn2 = Attention(dim, heads, qk_norm, joint=False, context_out=False)
+        self.ff = FeedForward(dim)
+        if not last:
+            self.ff_context = FeedForward(dim)
+
+    def forward(self, x, context, condition):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(condition)
+        if self.last:
+            scale_c, shift_c = self.norm1_context(condition)         # this order: diffusers' continuous AdaLN
+        else:
+            shift_c, scale_c, gate_c, shift_mlp_c, scale_mlp_c, gate_mlp_c = self.norm1_context(condition)
+        y, y_c = self.attn(modulate(x, shift, scale), modulate(context, shift_c, scale_c))
+        if self.dual:
+            shift2, scale2, gate2 = second
+            y2 = self.attn2(modulate(x, shift2, scale2))             # on the block's own input, as y
+            x = x + gate * y + gate2 * y2
+        else:
+            x = x + gate * y
+        x = x + gate_mlp * self.ff(modulate(x, shift_mlp, scale_mlp))
+        if not self.last:
+            context = context + gate_c * y_c
+            context = context + gate_mlp_c * self.ff_context(modulate(context, shift_mlp_c, scale_mlp_c))
+        return x, context
+
+
+class MMDiT(nn.Module):
+    """The transformer of Stable Diffusion 3, 3.5 Medium (dual attention, qk norm) and 3.5 Large.
+
+    forward(x (B, C, H, W), t (B,) in [0, 1], context (B, L, D_text), pooled (B, P)) -> velocity (B, C, H, W).
+    Source: Esser et al., arXiv:2403.03206; equal to diffusers' SD3Transformer2DModel, whose config this takes.
+    """
+    public_names, file_name, prefix, ignore = ("SD3Transformer2DModel",), "diffusion_pytorch_model", "", ()
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+
+    def __init__(self, sample_size=128, patch_size=2, in_channels=16, num_layers=18, attention_head_dim=64,
+                 num_attention_heads=18, joint_attention_dim=4096, caption_projection_dim=1152,
+                 pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=96, dual_attention_layers=(),
+                 qk_norm=None, **_):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if caption_projection_dim != dim:
+            raise ValueError(f"caption_projection_dim={caption_projection_dim} must equal num_attention_heads * "
+                             f"attention_head_dim = {dim}: both streams share one attention")
+        out_channels, dual_attention_layers = out_channels or in_channels, dual_attention_layers or ()
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm={qk_norm!r} is not implemented: null or 'rms_norm'")
+        self.config = dict(_class_name="SD3Transformer2DModel", sample_size=sample_size, patch_size=patch_size,
+                           in_channels=in_channels, num_layers=num_layers, attention_head_dim=attention_head_dim,
+                           num_attention_heads=num_attention_heads, joint_attention_dim=joint_attention_dim,
+                           caption_projection_dim=caption_projection_dim, pooled_projection_dim=pooled_projection_dim,
+                           out_channels=out_channels, pos_embed_max_size=pos_embed_max_size,
+                           dual_attention_layers=list(dual_attention_layers), qk_norm=qk_norm)
+        self.patch, self.out_channels = patch_size, out_channels
+        self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, dim),
+                                              "text_embedder": Embedder(pooled_projection_dim, dim)})
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            MMDiTBlock(dim, num_attention_heads, qk_norm, i in dual_attention_layers, i == num_layers - 1)
+            for i in range(num_layers))
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, patch_size ** 2 * out_channels)
+
+    def forward(self, x, t, context, pooled):
+        h, w, p = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
+        embed = self.time_text_embed
+        condition = embed["timestep_embedder"](sinusoid(t * 1000, 256).to(x.dtype)) + embed["text_embedder"](pooled)
+        context = self.context_embedder(context)                                         # (B, L, D)
+        x = self.pos_embed(x)                                                            # (B, N, D)
+        for block in self.transformer_blocks:
+            x, context = block(x, context, condition)
+        scale, shift = self.norm_out(condition)
+        x = self.proj_out(modulate(x, shift, scale))                                     # (B, N, p*p*C)
+        x = x.view(-1, h, w, p, p, self.out_channels)                                    # channel last
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, h * p, w * p)
+
+    def init_weights(self):
+        """Weights to train from: Xavier, modulation and output at zero, so that each block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches = self.pos_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        nn.init.zeros_(patches.bias)
+        for linear in [module.linear for module in self.modules() if isinstance(module, Modulation)] + [self.proj_out]:
+            nn.init.zeros_(linear.weight)
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------- CLIPText
+
+class CLIPLayer(nn.Module):
+    """A pre-norm transformer layer with causal attention."""
+
+    def __init__(self, dim, heads, mlp, act, eps):
+        super().__init__()
+        self.heads, self.act = heads, act
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(dim, dim) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, mlp), "fc2": nn.Linear(mlp, dim)})
+
+    def forward(self, x):
+        y = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](y).unflatten(2, (self.heads, -1)).transpose(1, 2)      # (B, heads, L, D/heads)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.self_attn["out_proj"](y)
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        y = y * torch.sigmoid(1.702 * y) if self.act == "quick_gelu" else F.gelu(y)
+        return x + self.mlp["fc2"](y)
+
+
+class CLIPText(nn.Module):
+    """The text tower of CLIP, as SD3 (L and bigG), FLUX and SD1.4 use it.
+
+    forward(ids (B, L)) -> hidden (B, L, D) of the last-but-one layer, without the final norm, and pooled (B, P): the
+    final-normed state at the end-of-text token, projected where the checkpoint has a text_projection.
+    Source: Radford et al., arXiv:2103.00020; equal to transformers' CLIPTextModel and CLIPTextModelWithProjection.
+    """
+    public_names, file_name = ("CLIPTextModelWithProjection", "CLIPTextModel"), "model"
+    prefix, ignore = "text_model.", ("position_ids",)   # transformers 5 leaves the one out, old files have the other
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+
+    def __init__(self, vocab_size=49408, hidden_size=512, intermediate_size=2048, projection_dim=512,
+                 num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
+                 layer_norm_eps=1e-5, eos_token_id=49407, architectures=("CLIPTextModelWithProjection",), **_):
+        super().__init__()                                           # the defaults are transformers'
+        if hidden_act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act={hidden_act!r} is not implemented: 'quick_gelu' or 'gelu'")
+        self.config = dict(architectures=list(architectures), model_type="clip_text_model", vocab_size=vocab_size,
+                           hidden_size=hidden_size, intermediate_size=intermediate_size, projection_dim=projection_dim,
+                           num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+                           max_position_embeddings=max_position_embeddings, hidden_act=hidden_act,
+                           layer_norm_eps=layer_norm_eps, eos_token_id=eos_token_id)
+        self.eos = eos_token_id
+        body = self.text_model = nn.Module()
+        body.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, hidden_size),
+                                         "position_embedding": nn.Embedding(max_position_embeddings, hidden_size)})
+        body.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            CLIPLayer(hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
+            for _ in range(num_hidden_layers))})
+        body.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        if "CLIPTextModelWithProjection" in architectures:
+            self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False)
+
+    def forward(self, ids):
+        body = self.text_model
+        embeddings = body.embeddings
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]  # (B, L, D)
+        for layer in body.encoder["layers"]:
+            hidden, x = x, layer(x)
+        # Old configs say 2 and mean: the largest id, which in CLIP's vocabulary is the end of text.
+        end = ids.argmax(1) if self.eos == 2 else (ids == self.eos).int().argmax(1)                      # (B,)
+        pooled = body.final_layer_norm(x)[torch.arange(len(ids), device=ids.device), end]                # (B, D)
+        return hidden, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled
+
+    def init_weights(self):
+        """Weights to train from: normal .02, biases at zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        return self
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair tokenizer from vocab.json and merges.txt: a list of strings -> ids (B, length) int64.
+
+    The end-of-text token survives truncation. tokenizer_config.json names the padding: the end of text for CLIP-L; "!",
+    id 0, for bigG, and as in transformers every "!" of a prompt is then that special token too.
+    """
+
+    def __init__(self, directory):
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+        directory = Path(directory)
+        vocab, merges = directory / "vocab.json", directory / "merges.txt"
+        for file in (vocab, merges):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: a CLIP tokenizer is vocab.json and merges.txt")
+        config = read_json(directory / "tokenizer_config.json")
+        start, end = "<|startoftext|>", "<|endoftext|>"
+        pad = config.get("pad_token", end)
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        self.length = int(config.get("model_max_length", 77))
+        self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), unk_token=end, end_of_word_suffix="</w>"))
+        for token in (start, end, pad):
+            if self.bpe.token_to_id(token) is None:
+                raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
+        self.bpe.add_special_tokens([start, end, pad])
+        self.bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self.bpe.decoder = decoders.ByteLevel()
+        self.start, self.end, self.pad = (self.bpe.token_to_id(token) for token in (start, end, pad))
+
+    def __call__(self, texts):
+        rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end] for encoding in self.bpe.encode_batch(texts)]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+# ----------------------------------------------------------------------------------------------------------- pipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MODELS = {"tiny": HERE / "tests" / "tiny"}                            # the rest: weights/<model>
+
+
+class TextToImage:
+    """A text-to-image model: its velocity network, text encoders and, unless it works in pixels, its VAE.
+
+    net(x, t, *encode_text(prompts)) is the velocity; decode(x) the images. Made by `load`.
+    """
+
+    def __init__(self, net, text_encoders, tokenizers, sample_size, vae=None):
+        self.net, self.text_encoders, self.tokenizers, self.vae = net, text_encoders, tokenizers, vae
+        self.sample_size, self.cache = sample_size, {}
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """prompts, B strings -> (context (B, L, D), pooled (B, P)). Each distinct prompt is encoded once and kept."""
+        new = sorted(set(prompts) - set(self.cache))
+        for i in range(0, len(new), 64):
+            for prompt, *features in zip(new[i:i + 64], *self.encode(new[i:i + 64])):
+                self.cache[prompt] = features
+        return tuple(torch.stack(part) for part in zip(*(self.cache[prompt] for prompt in prompts)))
+
+    def encode(self, prompts):
+        """encode_text without the cache. SD3's rule: encoders side by side, zeros up to the network's width."""
+        device = next(self.net.parameters()).device
+        hidden, pooled = zip(*(encoder(tokenizer(prompts).to(device))
+                               for encoder, tokenizer in zip(self.text_encoders, self.tokenizers)))
+        hidden = torch.cat(hidden, dim=2)
+        return F.pad(hidden, (0, self.net.config["joint_attention_dim"] - hidden.shape[2])), torch.cat(pooled, dim=1)
+
+    def decode(self, latents):
+        """latents (B, C, H, W) -> images (B, 3, H', W') float32 in [0, 1]."""
+        return (latents.float() / 2 + 0.5).clamp(0, 1)
+
+    def latent_shape(self, resolution=None):
+        """(C, H, W) of one image's latent at a resolution in pixels; None: the checkpoint's own."""
+        size = resolution or self.sample_size
+        if size % self.net.patch:
+            raise ValueError(f"resolution={size} is not a multiple of the patch size {self.net.patch}")
+        return self.net.config["in_channels"], size, size
+
+
+def load(model, weights=None, dtype=torch.float32, device="cpu", init=None):
+    """A whole pipeline from a name (tiny) or a directory in the diffusers layout of SD3.
+
+    weights: the directory, where it is not the name's own; init="random": the same networks with random weights.
+    Raises ValueError or FileNotFoundError that name the file and what to do.
+    """
+    if init not in (None, "random"):
+        raise ValueError(f"init={init!r}: 'random' or nothing")
+    named = MODELS.get(model) or (Path(model) if Path(model).is_dir() else HERE / "weights" / model)
+    directory = Path(weights or named)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is {', '.join(MODELS)} "
+                                f"(python models.py pretrain makes it) or a directory in the layout of SD3")
+    index = read_json(directory / "model_index.json")
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise ValueError(f"{directory}/model_index.json describes a {index.get('_class_name')}: only "
+                         f"StableDiffusion3Pipeline can be read")
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    unknown = sorted(parts - {"transformer", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"})
+    if unknown:
+        raise ValueError(f"{directory}: the components {', '.join(unknown)} can't be read yet: only CLIP text encoders "
+                         f"and models that work in pixels")
+    suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in parts]
+    encoders = [CLIPText.from_pretrained(directory / f"text_encoder{suffix}", dtype, device) for suffix in suffixes]
+    tokenizers = [CLIPTokenizer(directory / f"tokenizer{suffix}") for suffix in suffixes]
+    net = MMDiT.from_pretrained(directory / "transformer", dtype, device)
+    width, room = sum(encoder.config["hidden_size"] for encoder in encoders), net.config["joint_attention_dim"]
+    if not 0 < width <= room:
+        raise ValueError(f"{directory}: {len(encoders)} text encoders give {width} features a token, the network takes "
+                         f"1 to {room}: these parts are of different models")
+    return TextToImage(net.init_weights() if init else net, encoders, tokenizers, net.config["sample_size"])
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+def schedule(steps, shift=1.0, kind="linear"):
+    """The times of a sampler: steps + 1 floats from (about) 1 down to 0.
+
+    linear  shift(linspace(1, 0)), shift(t) = s t / (1 + (s - 1) t)              Esser et al., arXiv:2403.03206, Eq. 23
+    sd3     as diffusers' FlowMatchEulerDiscreteScheduler makes it: the low end is shifted twice and 0 is appended
+    dpm     the times of DGPO's DPM-Solver++ on flow sigmas: starts just under 1, where its log-SNR is finite
+    Raises ValueError for steps < 1 or an unknown kind.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a sampler takes at least one step")
+
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+    if kind == "linear":
+        return [shifted(1 - i / steps) for i in range(steps + 1)]
+    if kind == "sd3":
+        low = shifted(1 / 1000)
+        return [shifted(1 + (low - 1) * i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
+    if kind == "dpm":
+        return [shifted((1 - 1 / 1000) * (1 - i / steps)) for i in range(steps)] + [0.0]
+    raise ValueError(f"schedule kind={kind!r}: 'linear', 'sd3' or 'dpm'")
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+LORA_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",            # image stream: Flow-GRPO's choice
+                "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")               # text stream
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + alpha / rank * B A x (Hu et al., arXiv:2106.09685).
+
+    `add_lora` makes it of a Linear in place, so that W keeps its name; A and B are trained in float32.
+    """
+
+    def forward(self, x):
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return super().forward(x) + self.lora_scale * F.linear(F.linear(x, a), b)
+
+
+def lora_layers(net):
+    """The layers that `add_lora` changed, {name: module} in the network's order."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(net, rank, alpha, targets):
+    """Freeze a network and give each Linear whose name ends in one of `targets` a trained low-rank update, in float32.
+
+    A is N(0, 1/rank^2) (peft's "gaussian"), B is 0, so the network starts unchanged. Returns the trained parameters.
+    Raises ValueError for a rank under 1, a second LoRA or a target that no layer's name ends in.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank}: a LoRA has rank 1 or more (0 on the command line trains all weights)")
+    if lora_layers(net):
+        raise ValueError("the network has a LoRA already: load the network anew, or load_lora into the one it has")
+    linear = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    for target in targets:
+        if not any(name.endswith("." + target) for name in linear):
+            raise ValueError(f"the LoRA target {target} ends the name of no Linear layer: names are like {linear[-1]}")
+    net.requires_grad_(False)
+    for name, module in net.named_modules():
+        if name in linear and name.endswith(tuple("." + target for target in targets)):
+            module.__class__ = LoRALinear
+            module.lora_scale, device = alpha / rank, module.weight.device
+            dtype = torch.promote_types(module.weight.dtype, torch.float32)
+            module.lora_A = nn.Parameter(torch.randn(rank, module.in_features, device=device, dtype=dtype) / rank)
+            module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device, dtype=dtype))
+    return trainable(net)
+
+
+def trainable(net):
+    """The parameters that receive gradients, in the network's order."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def save_lora(net, file):
+    """Write the LoRA as diffusers' load_lora_weights reads it. B is written times alpha / rank.
+
+    Such a file states no alpha, and every version of diffusers then takes alpha / rank = 1.
+    """
+    state = {}
+    for name, module in lora_layers(net).items():
+        state[f"transformer.{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
+        state[f"transformer.{name}.lora_B.weight"] = (module.lora_B.detach() * module.lora_scale).cpu().contiguous()
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def lora_file_scale(file):
+    """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it; 1 where none does."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from None
+    if not config and Path(file).name == "adapter_model.safetensors":
+        config = read_json(Path(file).with_name("adapter_config.json"))
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    for option in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
+        if config.get(option):
+            raise ValueError(f"{file}: {option} is not implemented: one rank and one alpha for all layers")
+    return config["lora_alpha"] / config["r"] if "r" in config else 1.0
+
+
+def load_lora(net, file):
+    """Read a LoRA of `save_lora`, diffusers or peft into a network that `add_lora` prepared, strictly.
+
+    The network keeps its own alpha / rank: B takes up the file's. Raises as `read_tensors` does.
+    """
+    layers, scale = lora_layers(net), lora_file_scale(file)
+    want = {f"{name}.{part}.weight": getattr(module, part)
+            for name, module in layers.items() for part in ("lora_A", "lora_B")}
+
+    def rename(key):
+        return key.removeprefix("transformer.").removeprefix("base_model.model.")
+    with torch.no_grad():
+        for name, tensor in read_tensors([file], want, rename):
+            want[name].copy_(tensor)
+        for module in layers.values():
+            module.lora_B *= scale / module.lora_scale
+
+
+@contextlib.contextmanager
+def using(params, values):
+    """Run a block under other weights: the tensors in `values` stand in for the parameters, and nothing is copied.
+
+    This is how one network serves as policy, old policy and reference. values None: the parameters as they are.
+    A backward pass belongs inside the block: after it, autograd would meet the parameters' own values.
+    """
+    if values is None:
+        yield
+        return
+    own = [p.data for p in params]
+    try:
+        for p, value in zip(params, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, data in zip(params, own):
+            p.data = data
+
+
+# -------------------------------------------------------------------------------------------------------- pretraining
+
+TINY = dict(sample_size=28, patch_size=4, in_channels=3, out_channels=3, num_layers=4, attention_head_dim=32,
+            num_attention_heads=4, joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128,
+            pos_embed_max_size=8, qk_norm="rms_norm")                 # SD3.5's transformer, small, on pixels
+TINY_TEXT = dict(hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=2,
+                 num_attention_heads=4, max_position_embeddings=16)
+
+
+def train_tokenizer(words, directory, length):
+    """Make a CLIP tokenizer in which each of `words` is one token; write it in CLIP's files. Returns the vocabulary size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>",
+                                                       show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]           # the end has the largest id
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (directory / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": "<|startoftext|>",
+         "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, indent=2) + "\n")
+    return len(tokens)
+
+
+def pretrain(args):
+    """Make the tiny model: flow matching on the tiny world, network and text encoder together, from one seed.
+
+    Loss: E |v_theta((1 - t) x_0 + t eps, t, caption) - (eps - x_0)|^2, t logit-normal(0, 1), a tenth of the captions empty
+    (Esser et al., arXiv:2403.06206v1, Sec. 3). Matrices are trained by Muon, the rest by AdamW; the rate is constant and
+    falls to zero over the last fifth. The moving average of the weights is what is saved.
+    """
+    import data
+    from tqdm import tqdm
+    out, device = Path(args.out), args.device
+    torch.manual_seed(args.seed)
+    vocab = train_tokenizer(data.WORLD_WORDS, out / "tokenizer", TINY_TEXT["max_position_embeddings"])
+    tokenizer = CLIPTokenizer(out / "tokenizer")
+    net = MMDiT(**TINY).init_weights().to(device)
+    text = CLIPText(**TINY_TEXT, vocab_size=vocab, eos_token_id=vocab - 1).init_weights().to(device)
+    both = nn.ModuleDict({"transformer": net, "text_encoder": text})
+    matrices = [p for name, p in both.named_parameters() if p.ndim == 2 and "embedding" not in name]
+    rest = [p for name, p in both.named_parameters() if p.ndim != 2 or "embedding" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))]
+    ema, first, file = [p.detach().clone() for p in both.parameters()], 0, Path(args.state)
+    if file.is_file():
+        state = torch.load(file, map_location=device, weights_only=True)
+        both.load_state_dict(state["net"])
+        [p.copy_(value) for p, value in zip(ema, state["ema"])]
+        [opt.load_state_dict(value) for opt, value in zip(optimizers, state["optimizers"])]
+        first = state["step"]
+
+    def save(step):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"net": both.state_dict(), "ema": ema, "optimizers": [opt.state_dict() for opt in optimizers],
+                    "step": step}, f"{file}.new")
+        os.replace(f"{file}.new", file)
+
+    def velocity(x_t, t, ids):
+        return net(x_t, t, *text(ids))
+
+    steps, size = args.images // args.batch, TINY["sample_size"]
+    velocity = torch.compile(velocity) if args.compile else velocity
+    artist = ThreadPoolExecutor(1)
+    ahead = artist.submit(data.world_batch, args.seed, first, 0, args.batch, size)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="pretrain", mininterval=5, dynamic_ncols=True)
+    for step in bar:
+        images, captions, _ = ahead.result()                                             # drawn while the last step ran
+        ahead = artist.submit(data.world_batch, args.seed, step + 1, 0, args.batch, size)
+        draw = torch.Generator().manual_seed(data.mix(args.seed, step))
+        captions = ["" if u < 0.1 else c for u, c in zip(torch.rand(len(captions), generator=draw).tolist(), captions)]
+        t = torch.randn(args.batch, generator=draw).sigmoid().to(device)                 # (B,)
+        eps = torch.randn(images.shape, generator=draw).to(device)
+        x_0 = images.to(device) * 2 - 1                                                  # (B, 3, size, size)
+        x_t = x_0 + t[:, None, None, None] * (eps - x_0)
+        rate = args.lr * min(1, (step + 1) / 200, (steps - step) / (0.2 * steps))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
+            v = velocity(x_t, t, tokenizer(captions).to(device))                         # (B, 3, size, size)
+        loss = (v.float() - (eps - x_0)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        for opt in optimizers:
+            opt.param_groups[0]["lr"] = rate
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema, [p.data for p in both.parameters()], max(1 - 0.9985, 1 / (step + 1)))
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", images=f"{(step + 1) * args.batch:,}")
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            save(step + 1)
+    with using(list(both.parameters()), ema):
+        for name in both:
+            save_pretrained(both[name], out / name, torch.float16)
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
+             "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+             "tokenizer": ["transformers", "CLIPTokenizer"], "text_encoder_2": [None, None],
+             "tokenizer_2": [None, None], "text_encoder_3": [None, None], "tokenizer_3": [None, None],
+             "vae": [None, None], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the tiny model by flow matching on the tiny world.")
+    parser.add_argument("command", choices=["pretrain"])
+    parser.add_argument("--out", default=str(HERE / "tests" / "tiny"), help="the model's directory, diffusers layout")
+    parser.add_argument("--state", default="runs/pretrain/state.pt", help="what a resume needs; found, it is resumed")
+    parser.add_argument("--images", type=int, default=640_000, help="training images in all")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of Muon and AdamW")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250, help="steps between states")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: x 1.3")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    pretrain(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
