@@ -1,0 +1,298 @@
+"""The command line of dgpo.py and grpo.py: presets, help, and bad input, which ends with code 2 and one clear line."""
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+import data
+import dgpo
+import grpo
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    import signal
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def small(random_model, reward_file):
+    """The flags of a run that ends in a moment."""
+    return ["--weights", str(random_model), "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
+            "--groups", "2", "--group-size", "4", "--sample-steps", "3", "--eval-steps", "1", "--eval-images", "2",
+            "--val-images", "2", "--steps", "1", "--cfg-also", "0", "--minutes", "60", "--out", "out"]
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(module, line, *words): exit code 2, one line on stderr with those words, no traceback. Returns the line."""
+    def check(module, line, *words):
+        with pytest.raises(SystemExit) as end:
+            module.main([str(word) for word in line])
+        err = capsys.readouterr().err
+        for bar in list(getattr(tqdm, "_instances", ())):              # in a process of its own it would end with it
+            bar.close()
+        capsys.readouterr()
+        lines = [part for part in err.replace("\r", "\n").split("\n") if part.strip() and "step/s" not in part]
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+        missing = [word for word in words if word not in lines[0]]
+        assert not missing, (missing, lines[0])
+        return lines[0]
+    return check
+
+
+def snapshot(folder):
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+# ============================================================================================================= flags
+
+@BOTH
+def test_every_field_is_a_flag_with_a_comment(module, capsys):
+    source = Path(module.__file__).read_text().split("class Config:")[1].split("def __post_init__")[0]
+    commented = {line.split(":")[0].strip() for line in source.splitlines() if ":" in line and "  # " in line}
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    assert commented == fields
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in dataclasses.fields(module.Config):
+        assert f"--{field.name.replace('_', '-')}" in said
+    assert "--no-fused" in said and module.__doc__.split(".")[0] in said
+
+
+@BOTH
+def test_the_common_flags_are_there(module):
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    assert names >= set("model weights method preset reward eval_reward prompts steps sample_steps eval_steps groups group_size "
+                        "resolution lora_rank cfg_rollout cfg_train cfg_ref cfg_eval seed out resume minutes fused".split())
+
+
+@BOTH
+def test_flags_beat_the_preset_and_the_preset_beats_defaults(module):
+    cfg = data.cli(module.Config, module.PRESETS, ["--preset", "official", "--lr", "0.5", "--no-fused", "--resume"])
+    assert (cfg.lr, cfg.fused, cfg.resume, cfg.preset) == (.5, False, True, "official")
+    assert cfg.model == "sd35m" and cfg.weight_decay == module.Config.weight_decay
+
+
+def test_help_runs_as_a_command():
+    for script in ("dgpo.py", "grpo.py"):
+        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0 and "--group-size" in done.stdout and not done.stderr
+
+
+# =========================================================================================================== presets
+
+COMMON = dict(model="sd35m", resolution=512, dtype="bfloat16", shift=3.0, sample_steps=10, cfg_rollout=4.5, cfg_eval=4.5,
+              lr=3e-4, weight_decay=1e-4, max_grad_norm=1.0, adv_clip=5.0)
+DGPO = dict(COMMON, solver="dpm", schedule="dpm", lora_rank=64, lora_alpha=128.0, beta=100.0, updates=1, timesteps=4,
+            cfg_train=1.0, cfg_ref=1.0, eval_steps=14, ref="start", dsm="v", adv_std="group")
+GRPO = dict(COMMON, schedule="sd3", sde="flow", lora_rank=32, lora_alpha=64.0, groups=48, group_size=24, noise_level=.7,
+            clip_range=1e-4, train_steps=0, cfg_train=4.5, eval_steps=40, kl_beta=.04, ema=.9)
+
+
+@pytest.mark.parametrize("module, preset, numbers", (
+    (dgpo, "paper", dict(DGPO, group_size=24, grid=False, clip_range=0.0, kl_beta=0.0)),
+    (dgpo, "official", dict(DGPO, group_size=16, grid=True, clip_range=1e-2, kl_beta=.02)),
+    (grpo, "paper", dict(GRPO, adv_std="group", kl_form="gaussian")),
+    (grpo, "official", dict(GRPO, adv_std="batch", kl_form="flow-grpo", cfg_ref=4.5, updates=2, ema_every=8))),
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:9])
+def test_presets(module, preset, numbers, refused):
+    """The numbers of the papers and of the released code; without the weights: one line that says what is missing."""
+    cfg = data.cli(module.Config, module.PRESETS, ["--preset", preset])
+    assert {name: getattr(cfg, name) for name in numbers} == numbers
+    refused(module, ["--preset", preset, "--out", "out"], "sd35m", "directory")
+    assert not Path("out").exists()
+
+
+def test_official_presets_times():
+    """DGPO's clip keeps the first 5 of its 10 times (t >= .8178); Flow-GRPO's schedule is the library's, 9 steps trained."""
+    cfg = data.cli(dgpo.Config, dgpo.PRESETS, ["--preset", "official"])
+    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
+    kept = [t for t in ts if t >= cfg.t_min]
+    assert kept == ts[:5] and kept[-1] == pytest.approx(.8178, abs=1e-4)
+    cfg = data.cli(grpo.Config, grpo.PRESETS, ["--preset", "official"])
+    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
+    assert [round(t, 4) for t in ts] == [1, .9601, .9133, .8577, .7904, .7073, .6022, .4649, .278, .0089, 0]
+
+
+# ========================================================================================================= bad input
+
+WORDS = {"both": ("method", "preset", "schedule", "solver", "dtype", "adv_std"),
+         "dgpo": ("dsm", "ref", "rollout", "clip_old"), "grpo": ("sde", "kl_form")}
+NUMBERS = {"both": {
+    "--steps": (0, -1, "many", 1.5), "--sample-steps": (0,), "--eval-steps": (0,), "--eval-images": (0,), "--micro-batch": (0,),
+    "--group-size": (1, 0, -4), "--groups": (0, -2), "--updates": (0,), "--save-every": (0,), "--val-images": (0,),
+    "--eval-every": (-1,), "--lr": (0, -1e-4, "nan", "inf", "fast"), "--minutes": (0, -1, "nan"), "--weight-decay": (-1,),
+    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (0, -3), "--ema": (-.1, 1, 1.5), "--kl-beta": (-1, "nan"),
+    "--noise-level": (-.5,), "--clip-range": (-1,), "--resolution": (-8, 13), "--lora-rank": (-1,),
+    "--cfg-rollout": ("nan", "inf"), "--seed": ("x",)},
+    "dgpo": {"--beta": (0, -1, "nan"), "--t-min": (-.1, 1, 2), "--timesteps": (0,)},
+    "grpo": {"--window": (-1, 4), "--train-steps": (-1, 4), "--ema-every": (0,), "--clip-range": (0,), "--noise-level": (0,)}}
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module in (dgpo, grpo)
+                                          for name in WORDS["both"] + WORDS[module.__name__]],
+                         ids=lambda value: getattr(value, "__name__", value))
+def test_unknown_words(module, name, small, refused):
+    refused(module, [*small, f"--{name.replace('_', '-')}", "nonsense"], f"--{name.replace('_', '-')}", "'nonsense'")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("module, flag, value", [
+    (module, flag, value) for module in (dgpo, grpo)
+    for flag, values in {**NUMBERS["both"], **NUMBERS[module.__name__]}.items() for value in values],
+    ids=lambda value: getattr(value, "__name__", None) or str(value))
+def test_numbers_out_of_range(module, flag, value, small, refused):
+    refused(module, [*small, flag, value], str(value), flag[2:].split("-")[0])
+    assert not Path("out").exists()
+
+
+@BOTH
+def test_unknown_flags(module, small, refused):
+    refused(module, [*small, "--group-sise", "4"], "--group-sise", "--help")
+    refused(module, [*small, "stray"], "stray")
+    refused(module, [*small, "--seed"], "--seed")
+
+
+@BOTH
+def test_groups_and_processes(module, small, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(module, [*small, "--groups", "3"], "--groups 3", "2 processes", "--groups 4")
+    refused(module, [*small, "--eval-images", "1"], "--eval-images 1", "2 or more")
+
+
+def test_combinations(small, refused):
+    refused(grpo, [*small, "--updates", "2", "--groups", "3"], "--groups 3", "--updates 2")
+    refused(grpo, [*small, "--sde", "cps", "--sample-steps", "1", "--train-steps", "1"], "--sample-steps 1", "cps")
+    for flag in ("--ref", "--rollout", "--clip-old"):
+        refused(dgpo, [*small, "--ema", "0", flag, "ema"], "--ema 0", flag)
+
+
+@BOTH
+def test_missing_and_damaged_checkpoints(module, small, refused, random_model, tmp_path):
+    refused(module, [*small, "--weights", "nowhere"], "nowhere", "does not exist")
+    refused(module, [*small[2:], "--model", "sd99"], "sd99", "directory in the diffusers layout")
+    copy = tmp_path / "copy"
+
+    def damaged(file, content, *words):
+        shutil.copytree(random_model, copy)
+        content(copy / file)
+        before = snapshot(copy)
+        refused(module, [*small, "--weights", copy], str(copy / file), *words)
+        assert snapshot(copy) == before and not Path("out").exists()
+        shutil.rmtree(copy)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    damaged(weights, lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged")
+    damaged(weights, lambda path: path.write_bytes(b""), "damaged")
+    damaged("model_index.json", lambda path: path.unlink(), "missing")
+    damaged("transformer/config.json", lambda path: path.write_text("{"), "damaged")
+    damaged("tokenizer/merges.txt", lambda path: path.unlink(), "missing")
+
+
+@BOTH
+def test_out_that_is_taken(module, small, refused):
+    module.main(small)
+    before = snapshot("out")
+    refused(module, small, "out already holds a run", "--resume", "another --out")
+    refused(module, [*small, "--resume", "--lr", "0.25"], "lr=", "0.25")
+    refused(module, [*small, "--resume", "--group-size", "5"], "group_size=4", "not 5")
+    assert snapshot("out") == before
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("not a run")
+    refused(module, [*small, "--out", "other"], "other")
+    refused(module, [*small, "--out", "other/notes.txt"], "other/notes.txt is a file")
+    refused(module, [*small, "--out", "other/notes.txt/deeper"], "other/notes.txt")
+    assert os.listdir("other") == ["notes.txt"] and Path("other/notes.txt").read_text() == "not a run"
+
+
+@BOTH
+def test_resume_without_a_run(module, small, refused):
+    refused(module, [*small, "--resume"], "--resume", "out/config.json does not exist", "leave --resume away")
+    refused(module, [*small, "--resume", "--out", ""], "--resume", f"runs/{module.__name__}-*")
+    assert not Path("out").exists() and not Path("runs").exists()
+
+
+@BOTH
+def test_resume_from_a_damaged_run(module, small, refused):
+    module.main(small)
+    state, config = Path("out/last/state.pt"), Path("out/config.json")
+    whole, settings = state.read_bytes(), config.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"nonsense"):
+        state.write_bytes(content)
+        before = snapshot("out")
+        refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is damaged", "another --out")
+        assert snapshot("out") == before
+    state.write_bytes(whole)
+    config.write_bytes(settings[:20])
+    refused(module, [*small, "--resume", "--steps", "2"], "out/config.json is damaged")
+    config.write_bytes(settings)
+    module.main([*small, "--resume", "--steps", "2"])                  # nothing was lost
+    assert json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@BOTH
+def test_an_empty_out_is_used(module, small):
+    Path("out").mkdir()
+    module.main(small)
+    assert Path("out/last/state.pt").is_file()
+
+
+@BOTH
+def test_bad_prompt_files(module, small, refused):
+    for name, content, words in (("a.txt", None, "No such file"), ("b.txt", b"", "no prompts"), ("c.txt", b"\n \n", "no prompts"),
+                                 ("d.txt", b"caf\xe9\n", "not UTF-8"), ("e.jsonl", b"{", "not a valid"),
+                                 ("f.csv", b"text\nred\n", "no prompt"), ("g.md", b"red", "unknown prompts")):
+        if content is not None:
+            Path(name).write_bytes(content)
+        refused(module, [*small, "--prompts", name], name, words)
+    refused(module, [*small, "--prompts", "geneva"], "geneva")
+    assert not Path("out").exists()
+
+
+@BOTH
+def test_bad_rewards(module, small, refused, reward_file):
+    for name, words in (("shape", ("'shape'", "shapes")), (f"{reward_file}:", ("''",)), (f"{reward_file}:read", ("'read'",)),
+                        ("missing.py:red", ("missing.py",)), ("shapes:heavy", ("'heavy'",))):
+        for flag in ("--reward", "--eval-reward"):
+            refused(module, [*small, flag, name], *words)
+            assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name, words", (("raises", "no such judge"), ("too_short", "8"), ("one_number", "8"),
+                                         ("all_nan", "8 of 8"), ("many_nan", "more than a tenth")))
+@BOTH
+def test_rewards_that_fail(module, name, words, small, refused, reward_file):
+    """In the rollouts and in evaluation; 2 groups of 4, so that the lengths to be named are 8 and 16."""
+    refused(module, [*small, "--reward", f"{reward_file}:{name}"], f"{reward_file}:{name}",
+            words.replace("8 of 8", "8 of 8 images"))
+    more = ["--eval-images", "16", "--eval-reward", f"{reward_file}:{name}", "--out", "again"]
+    refused(module, [*small, *more], f"{reward_file}:{name}", words.replace("8", "16"))
+
+
+def test_bad_input_as_a_command(small, reward_file):
+    """The same from a shell: the code, one line on stderr and nothing on stdout; later, a line beside the progress bar."""
+    done = subprocess.run([sys.executable, ROOT / "dgpo.py", *small, "--group-size", "1"], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --group-size 1: ")
+    done = subprocess.run([sys.executable, ROOT / "grpo.py", *small, "--reward", f"{reward_file}:all_nan"], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL)
+    lines = done.stderr.replace("\r", "\n").split("\n")
+    assert done.returncode == 2 and sum(line.startswith("error: the reward") for line in lines) == 1
+    assert "Traceback" not in done.stderr and all("step/s" in line or not line.strip() or line.startswith("error: ") for line in lines)

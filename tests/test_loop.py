@@ -1,0 +1,505 @@
+"""Whole runs of dgpo.py and grpo.py on a very small random model: processes, kills, counters, guards, every mode, a lift."""
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import dgpo
+import grpo
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
+SMALL = dict(groups=2, group_size=4, sample_steps=4, eval_steps=2, eval_images=6, val_images=4, eval_every=0, steps=2,
+             cfg_also=0, minutes=60, lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """A folder of its own, one thread (as the processes below have), and the signals as they were."""
+    monkeypatch.chdir(tmp_path)
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(random_model, reward_file):
+    """flags(out="a", steps=3, ...) -> the command line of a small run; reward="red" names one of the tests' rewards."""
+    def make(**settings):
+        settings = {"weights": random_model, "reward": "red", "eval_reward": "red", "out": "out", **SMALL, **settings}
+        line = []
+        for name, value in settings.items():
+            flag = name.replace("_", "-")
+            if name in ("reward", "eval_reward"):
+                value = f"{reward_file}:{value}"
+            line += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        return line
+    return make
+
+
+def run(module, line):
+    """Run in this process. Returns the final JSON object, the rows of metrics.jsonl and last/state.pt."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        module.main(line)
+    last = json.loads(said.getvalue().splitlines()[-1])
+    out = Path(last["out"])
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    return last, rows, torch.load(out / "last" / "state.pt", weights_only=True)
+
+
+def process(script, line, torchrun=False, **more):
+    """The same in processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *launcher, str(script), *line], env=env, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def same(a, b):
+    """Are two states equal, bit for bit (all but the clock)?"""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in ("seconds", "written"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ============================================================================================================ processes
+
+@BOTH
+def test_two_processes_train_the_same_weights(module, flags, tmp_path):
+    """torchrun with 2 processes, the second one slow to look around, and one process: float64, equal to 1e-9."""
+    settings = dict(dtype="float64", steps=3, groups=4, eval_every=2, eval_images=5)
+    late = tmp_path / "late.py"
+    late.write_text(f"import os, pathlib, time\nimport {module.__name__}\n"
+                    "exists = pathlib.Path.exists\n"
+                    "if os.environ['RANK'] == '1':\n"
+                    "    pathlib.Path.exists = lambda path: time.sleep(1) or exists(path)\n"
+                    f"{module.__name__}.main()\n")
+    two = process(late, flags(out="two", **settings), torchrun=True)
+    _, rows, one = run(module, flags(out="one", **settings))
+    out, err = two.communicate(timeout=120)
+    assert two.returncode == 0, err
+    last = json.loads(out.splitlines()[-1])
+    other = torch.load("two/last/state.pt", weights_only=True)
+    moved = 0
+    start = models.load("", flags()[1], torch.float64).net.parameters()
+    for a, b, c in zip(one["params"], other["params"], start):
+        assert a.dtype == torch.float64 and (a - b).abs().max() < 1e-9
+        moved = max(moved, (a - c).abs().max().item())
+    assert moved > 1e-3
+    assert last["steps"] == 3 and last["images"] == 48
+    for a, b in zip(rows, (json.loads(row) for row in open("two/metrics.jsonl"))):
+        assert a.keys() == b.keys()
+        assert all(a[key] == b[key] for key in ("step", "updates", "images", "forwards", "backwards", "skipped"))
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in ("reward", "grad_norm", "eval", "eval_after") if key in a)
+
+
+@BOTH
+def test_a_reward_that_fails_on_one_process_ends_them_all(module, flags):
+    two = process(ROOT / f"{module.__name__}.py", flags(reward="raises_on_one_rank"), torchrun=True)
+    out, err = two.communicate(timeout=120)
+    assert two.returncode != 0 and "exitcode: 2" in err.replace(" ", "").replace("exitcode:2", "exitcode: 2")
+    assert err.count("error: the reward") == 1 and "the judge of one rank is gone" in err
+
+
+# ====================================================================================================== kill and resume
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+@BOTH
+def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
+    """Killed at each fsync and each replace in turn, resumed each time: the same bits as a run that was left alone."""
+    settings = dict(steps=5, save_every=2, eval_every=2)
+    _, rows, state = run(module, flags(out="whole", **settings))
+    fsync, replace, left = os.fsync, os.replace, 0
+
+    def bomb(function):
+        def call(*args):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*args)
+        return call
+    monkeypatch.setattr(os, "fsync", bomb(fsync))
+    monkeypatch.setattr(os, "replace", bomb(replace))
+    kills, line = 0, flags(out="killed", **settings)
+    while True:                                                        # each life gets one write further than the last
+        left = kills // 2 + 1 if kills < 6 else 5 + kills % 3
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                module.main(line + ["--resume"] * (kills > 0 and Path("killed/config.json").exists()))
+            break
+        except Killed:
+            kills += 1
+            if Path("killed/last/state.pt").exists():
+                with open("killed/metrics.jsonl", "a") as f:           # a row that was not written to its end
+                    f.write('{"step": 99, "rew')
+            elif not Path("killed/config.json").exists():
+                for path in sorted(Path("killed").rglob("*"), reverse=True):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        assert kills < 40
+    assert kills >= 5
+    again = [json.loads(row) for row in open("killed/metrics.jsonl")]
+    assert without_seconds(again) == without_seconds(rows)
+    assert same(torch.load("killed/last/state.pt", weights_only=True), state)
+
+
+@BOTH
+def test_kill_9_at_random_moments_and_resume(module, flags):
+    settings = dict(steps=8, save_every=2, eval_every=3, reward="slow")
+    _, rows, state = run(module, flags(out="whole", **settings))
+    rng, kills, file = random.Random(7), 0, Path("killed/metrics.jsonl")
+    line = flags(out="killed", **settings)
+    for life in range(4):
+        resume = ["--resume"] * Path("killed/config.json").exists()
+        child = process(ROOT / f"{module.__name__}.py", line + resume)
+        if life < 3:
+            before, wait = file.read_text().count("\n") if file.exists() else 0, rng.randrange(1, 3)
+            end = time.time() + 60
+            while child.poll() is None and time.time() < end:          # some rows further on, then any moment
+                if file.exists() and file.stat().st_size and \
+                        (len(file.read_text().splitlines()) - min(before, 1) >= wait + 2 * life):
+                    break
+                time.sleep(.005)
+            time.sleep(rng.random() * .1)
+            child.kill()
+        out, err = child.communicate(timeout=120)
+        kills += child.returncode == -signal.SIGKILL
+    assert child.returncode == 0 and kills == 3, err
+    assert json.loads(out.splitlines()[-1])["steps"] == 8
+    assert without_seconds(map(json.loads, open(file))) == without_seconds(rows)
+    assert same(torch.load("killed/last/state.pt", weights_only=True), state)
+
+
+@BOTH
+def test_resume_goes_on_with_more_steps(module, flags):
+    _, rows, state = run(module, flags(out="whole", steps=4))
+    run(module, flags(out="parts", steps=1))
+    last, again, other = run(module, flags(out="parts", steps=4) + ["--resume"])
+    assert same(state, other) and without_seconds(again) == without_seconds(rows) and last["steps"] == 4
+    seconds = [row["seconds"] for row in again]
+    assert seconds == sorted(seconds)
+
+
+@BOTH
+def test_ctrl_c_saves_and_ends_well(module, flags):
+    last, rows, state = run(module, flags(steps=100000, save_every=1000, reward="interrupts"))
+    assert last["steps"] == 3 and state["count"]["step"] == 3 and rows[-1]["step"] == 3 and "eval_after" in rows[-1]
+    _, _, whole = run(module, flags(out="whole", steps=3, reward="red"))
+    assert same(state["params"], whole["params"])
+
+
+def test_ctrl_c_at_a_terminal_exits_with_0(flags):
+    child = process(ROOT / "grpo.py", flags(steps=100000, out="out"))
+    end, file = time.time() + 60, Path("out/metrics.jsonl")
+    while time.time() < end and not (file.exists() and len(file.read_text().splitlines()) > 3):
+        time.sleep(.02)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    last = json.loads(out.splitlines()[-1])
+    assert child.returncode == 0 and "Traceback" not in err
+    assert torch.load("out/last/state.pt", weights_only=True)["count"]["step"] == last["steps"] >= 3
+
+
+@BOTH
+def test_minutes_end_a_run(module, flags):
+    last, *_ = run(module, flags(steps=100000, minutes=.01, reward="slow"))
+    assert 1 <= last["steps"] < 100 and last["seconds"] < 10
+
+
+# ================================================================================================= what a run leaves
+
+@BOTH
+def test_outputs(module, flags, random_model):
+    last, rows, state = run(module, flags(steps=3, eval_every=2, cfg_also=3.0, updates=2))
+    assert set(last) == {"method", "model", "eval_before", "eval_after", "also_before", "also_after", "steps", "images",
+                         "seconds", "out"}
+    assert last["steps"] == 3 and last["images"] == 24 and last["out"] == "out"
+    assert last["method"] == {"dgpo": "dgpo", "grpo": "flow"}[module.__name__]
+    counters = {"step", "updates", "images", "forwards", "backwards", "skipped", "seconds"}
+    assert all(counters <= set(row) for row in rows)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and [row["updates"] for row in rows] == [0, 2, 4, 6, 6]
+    assert rows[0]["eval_test"] == pytest.approx(last["eval_before"], abs=1e-4) and "eval" in rows[2]
+    assert {"reward", "failed", "loss", "kl", "grad_norm", "stats"} <= set(rows[1])
+    saved = json.loads(Path("out/config.json").read_text())
+    assert saved["steps"] == 3 and set(saved) == set(module.Config.__dataclass_fields__)
+    assert Path("out/samples/before_after.png").stat().st_size > 1000
+    net = models.MMDiT.from_pretrained("out/transformer")              # the moving average, which was evaluated
+    assert all(torch.equal(p, e) for p, e in zip(net.parameters(), state["ema"]))
+    assert not list(Path("out").rglob("*.new"))
+
+
+@BOTH
+def test_default_out_is_a_free_folder(module, flags):
+    for number in ("001", "002"):
+        last, *_ = run(module, [*flags(steps=1), "--out", ""])
+        assert last["out"] == f"runs/{module.__name__}-{number}"
+
+
+def test_evaluation_uses_the_moving_average(flags):
+    """With a decay of almost 1 the average has not moved: neither has what is evaluated and saved. --ema 0: it has."""
+    still, rows, _ = run(dgpo, flags(out="still", ema=1 - 1e-12, lr=1e-2, eval_every=1))
+    assert still["eval_after"] == still["eval_before"] and rows[1]["eval"] == rows[2]["eval"]
+    moved, rows, state = run(dgpo, flags(out="moved", ema=0, lr=1e-2, eval_every=1))
+    assert moved["eval_after"] != moved["eval_before"] and state["ema"] == []
+    net = models.MMDiT.from_pretrained("moved/transformer")
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), state["params"]))
+
+
+# ============================================================================================================ counters
+
+@contextlib.contextmanager
+def counting(module, monkeypatch):
+    """Count the images that pass the network forward and backward, outside evaluation and drawing."""
+    seen, load, quiet = {"forwards": 0, "backwards": 0}, models.load, 0
+
+    def forward(net, inputs, output):
+        if not quiet:
+            seen["forwards"] += len(inputs[0])
+            if output.requires_grad:
+                output.register_hook(lambda grad: seen.__setitem__("backwards", seen["backwards"] + len(grad)))
+
+    def hooked(*args, **more):
+        pipe = load(*args, **more)
+        pipe.net.register_forward_hook(forward)
+        return pipe
+
+    def silent(function):
+        def call(*args, **more):
+            nonlocal quiet
+            quiet += 1
+            try:
+                return function(*args, **more)
+            finally:
+                quiet -= 1
+        return call
+    with monkeypatch.context() as m:
+        m.setattr(models, "load", hooked)
+        for name in ("evaluate", "sample"):
+            m.setattr(module, name, silent(getattr(module, name)))
+        yield seen
+
+
+@pytest.mark.parametrize("settings", (
+    dict(), dict(cfg_rollout=2.0), dict(cfg_train=2.0, cfg_ref=3.0, timesteps=2), dict(clip_range=.1, cfg_train=1.5),
+    dict(method="diffusion-dpo", kl_beta=.1, updates=3, cfg_rollout=0.0), dict(sde=True, eval_every=1), dict(solver="dpm")),
+    ids=str)
+def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
+    with counting(dgpo, monkeypatch) as seen:
+        _, rows, _ = run(dgpo, flags(**settings))
+    assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] > 0
+
+
+@pytest.mark.parametrize("settings", (
+    dict(), dict(train_steps=0, cfg_rollout=2.0), dict(kl_beta=.1, cfg_ref=2.0, updates=1), dict(cfg_train=2.0, kl_beta=.1),
+    dict(cfg_train=2.0, cfg_rollout=2.0), dict(window=2, eval_every=1), dict(sde="cps", window=4, train_steps=0)), ids=str)
+def test_grpo_counts_network_passes(settings, flags, monkeypatch):
+    """All but the check before the first update, which a resume repeats: each trained step scored once more."""
+    with counting(grpo, monkeypatch) as seen:
+        _, rows, _ = run(grpo, flags(**settings))
+    train = 1 + (settings.get("cfg_train", 1) != 1)
+    if settings.get("cfg_train", 1) == settings.get("cfg_rollout", 1):
+        seen["forwards"] -= rows[1]["backwards"]                       # 8 images, the steps that the first rollout trains
+    assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
+
+
+# ============================================================================================================== guards
+
+@BOTH
+@pytest.mark.parametrize("reward", ("some_nan", "some_inf"))
+def test_a_few_failed_rewards_are_masked(module, reward, flags):
+    settings = dict(groups=4, steps=2)
+    last, rows, state = run(module, flags(reward=reward, eval_reward="some_nan", eval_images=32, **settings))
+    assert [row["failed"] for row in rows[1:3]] == [1, 1]
+    assert all(math.isfinite(last[key]) for key in ("eval_before", "eval_after"))
+    assert all(p.isfinite().all() for p in state["params"])
+    _, _, clean = run(module, flags(out="clean", **settings))
+    assert not same(state["params"], clean["params"])
+
+
+@BOTH
+def test_a_nan_gradient_is_skipped_and_training_goes_on(module, flags, monkeypatch):
+    name = {"dgpo": "dgpo_loss", "grpo": "policy_loss"}[module.__name__]
+    honest, updates = getattr(module, name), []
+    step = torch.optim.AdamW.step
+
+    def broken(*args):
+        out = honest(*args)
+        if len(updates) == 1:
+            return out * math.nan if module is dgpo else (out[0] * math.nan, out[1])
+        return out
+    monkeypatch.setattr(module, name, broken)
+    update = data.Run.update
+    monkeypatch.setattr(data.Run, "update", lambda *args: (update(*args), updates.append(1))[0])
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
+    last, rows, state = run(module, flags(steps=3, updates=1))
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1] and len(steps) == 2 and state["count"]["updates"] == 3
+    assert rows[2]["grad_norm"] is None and math.isfinite(rows[3]["grad_norm"])
+    assert all(p.isfinite().all() for p in state["params"]) and math.isfinite(last["eval_after"])
+    assert all(s["step"] == 2 for s in state["opt"]["state"].values())
+
+
+def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
+    """Run.update on its own: norms 1, then 19 (taken, clipped to 1), 21 and inf (skipped), each beside a median of 1."""
+    run = data.Run.__new__(data.Run)
+    run.rank, run.world, run.norms, run.count = 0, 1, [1.0] * 10, {"updates": 0, "skipped": 0}
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt, skipped = torch.optim.SGD([p], lr=1.0), []
+    for norm in (1.0, 19.0, 21.0, math.inf, math.nan, 1.0):
+        p.data.zero_()
+        p.grad = torch.tensor([norm, 0.0])
+        assert run.update(opt, [p], 1.0) == pytest.approx(norm, nan_ok=True)
+        skipped.append(run.count["skipped"])
+        assert p[0].item() == pytest.approx(0.0 if norm > 20 or math.isnan(norm) else -1.0, abs=1e-5) and p.grad is None
+    assert skipped == [0, 0, 1, 2, 3, 3] and run.count["updates"] == 6
+
+
+def test_grpo_refuses_ratios_that_are_off(flags, monkeypatch, capsys):
+    """Log-probs that the same weights do not give again: the run must not start to learn from them."""
+    honest = grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda *args: (lambda x, logp: (x, {i: v + 1e-3 for i, v in logp.items()}))
+                        (*honest(*args)))
+    with pytest.raises(SystemExit) as end:
+        grpo.main(flags())
+    assert end.value.code == 2 and "|ratio - 1| = 1.0e-03 is over a tenth of --clip-range" in capsys.readouterr().err
+
+
+# =============================================================================================================== modes
+
+def moved(state, random_model):
+    start = models.load("", random_model).net.parameters()
+    return max((p - q).abs().max().item() for p, q in zip(state["params"], start))
+
+
+DGPO_MODES = (
+    dict(), dict(solver="dpm"), dict(solver="dpm", schedule="dpm", shift=3.0), dict(sde=True, schedule="sd3", shift=3.0),
+    dict(ref="ema"), dict(ref="old"), dict(rollout="ema"), dict(rollout="ema", rollout_after=2, ema_ramp=.01),
+    dict(rollout="start"), dict(method="diffusion-dpo"), dict(method="diffusion-dpo", rollout="start"),
+    dict(clip_range=.01), dict(clip_range=.01, clip_old="ema"), dict(kl_beta=1.0), dict(grid=True), dict(timesteps=2),
+    dict(grid=True, timesteps=3, t_min=0.0), dict(dsm="x0"), dict(dsm="elbo", t_min=.1), dict(cfg_rollout=3.0),
+    dict(cfg_train=2.0), dict(cfg_ref=2.0), dict(cfg_eval=2.0), dict(adv_std="batch"), dict(adv_std="none"),
+    dict(updates=1), dict(ema=0), dict(micro_batch=4), dict(resolution=8), dict(dtype="bfloat16"), dict(fused=False))
+GRPO_MODES = (
+    dict(), dict(sde="dance"), dict(sde="cps"), dict(schedule="sd3", shift=3.0), dict(schedule="dpm", shift=3.0),
+    dict(window=1), dict(window=2), dict(window=4), dict(window=1, sde="cps"), dict(train_steps=0), dict(train_steps=1),
+    dict(train_steps=0, sde="cps"), dict(sample_steps=1, train_steps=1), dict(kl_beta=.1),
+    dict(kl_beta=.1, kl_form="gaussian"), dict(kl_beta=.1, kl_form="velocity"), dict(updates=1), dict(updates=2),
+    dict(adv_std="batch"), dict(adv_std="none"), dict(cfg_rollout=2.0, cfg_train=2.0), dict(cfg_rollout=2.0),
+    dict(cfg_ref=2.0, kl_beta=.1), dict(cfg_eval=2.0), dict(ema=0), dict(ema_every=2), dict(micro_batch=4),
+    dict(solver="dpm"), dict(resolution=8), dict(fused=False))
+
+
+@pytest.mark.parametrize("module, settings", [(dgpo, s) for s in DGPO_MODES] + [(grpo, s) for s in GRPO_MODES],
+                         ids=lambda value: getattr(value, "__name__", None) or str(value))
+def test_every_mode_trains(module, settings, flags, random_model):
+    settings = {"eval_steps": 1, "eval_images": 2, **settings}
+    last, rows, state = run(module, flags(**settings))
+    assert last["steps"] == 2 and rows[2]["failed"] == 0 and rows[2]["skipped"] == 0
+    assert all(math.isfinite(rows[2][key]) for key in ("loss", "kl", "grad_norm")) and rows[2]["grad_norm"] > 0
+    assert all(p.isfinite().all() for p in state["params"])
+    assert moved({"params": [p.float() for p in state["params"]]}, random_model) > 1e-4
+
+
+@BOTH
+def test_compiled_ops_and_their_twins_train_the_same(module, flags):
+    (_, a, _), (_, b, _) = (run(module, flags(out=str(fused), fused=fused, cfg_rollout=2.0, cfg_train=2.0, steps=1))
+                            for fused in (True, False))
+    assert a[1]["reward"] == pytest.approx(b[1]["reward"], abs=1e-5)
+    assert a[1]["grad_norm"] == pytest.approx(b[1]["grad_norm"], rel=1e-3)
+
+
+@BOTH
+def test_micro_batches_do_not_change_the_gradient(module, flags):
+    states = [run(module, flags(out=str(n), micro_batch=n, dtype="float64", groups=3, updates=1))[2] for n in (4, 8, 96)]
+    for other in states[1:]:
+        assert all((a - b).abs().max() < 1e-9 for a, b in zip(states[0]["params"], other["params"]))
+
+
+def test_the_first_step_of_one_mode_is_that_of_another(flags):
+    """Modes that must agree: a clip too wide to matter, a reference or a rollout that has not moved, a window of all."""
+    def first(module, name, **settings):
+        return run(module, flags(out=name, steps=1, **{"updates": 1, **settings}))[2]["params"]
+    plain = first(dgpo, "plain")
+    for name, settings in dict(clip=dict(clip_range=50.0), ema=dict(ref="ema"), old=dict(ref="old"),
+                               offline=dict(rollout="start"), later=dict(rollout="ema", rollout_after=5)).items():
+        assert same(first(dgpo, name, **settings), plain), name
+    for name, settings in dict(dpo=dict(method="diffusion-dpo"), two=dict(timesteps=2), grid=dict(grid=True), x0=dict(dsm="x0"),
+                               batch=dict(adv_std="batch"), scale=dict(cfg_ref=2.0), noisy=dict(sde=True)).items():
+        assert not same(first(dgpo, name, **settings), plain), name
+    plain = first(grpo, "grpo", train_steps=0)
+    assert same(first(grpo, "window", train_steps=0, window=4), plain)
+    for name, settings in dict(part=dict(train_steps=1), some=dict(window=2), dance=dict(sde="dance"),
+                               std=dict(adv_std="batch")).items():
+        assert not same(first(grpo, name, **{"train_steps": 0, **settings}), plain), name
+
+
+def test_a_kl_holds_the_velocity(flags):
+    """The distance to the reference, measured alike in both runs, ends far lower where it is in the loss."""
+    settings = dict(steps=10, lr=3e-3, updates=2, ref="start")
+    free, held = (run(dgpo, flags(out=str(beta), kl_beta=beta, **settings))[1][-2]["kl"] for beta in (0, 100.0))
+    assert 0 < held < free / 10, (free, held)
+    settings = dict(steps=10, lr=3e-3, updates=2)
+    for form in ("flow-grpo", "gaussian", "velocity"):
+        free, held = (run(grpo, flags(out=form + str(beta), kl_beta=beta, kl_form=form, **settings))[1][-2]["kl"]
+                      for beta in (1e-9, 100.0))
+        assert 0 < held < free / 10, (form, free, held)
+
+
+@BOTH
+def test_lora(module, flags, random_model):
+    """Only the LoRA is trained, from an unchanged network; the file gives another network the trained one's weights."""
+    last, rows, state = run(module, flags(lora_rank=4, lora_alpha=8.0, lr=1e-2, steps=3, ema=0))
+    assert not Path("out/transformer").exists() and last["eval_after"] != last["eval_before"]
+    net = models.load("", random_model).net
+    x, t, context, pooled = torch.randn(2, 3, 12, 12), torch.tensor([.3, .9]), torch.randn(2, 16, 32), torch.randn(2, 32)
+    base = net(x, t, context, pooled)
+    params = models.add_lora(net, 4, 8.0, models.LORA_TARGETS)
+    assert torch.equal(net(x, t, context, pooled), base) and sum(p.numel() for p in params) == sum(
+        p.numel() for p in state["params"])
+    models.load_lora(net, "out/lora.safetensors")
+    after = net(x, t, context, pooled)
+    assert all(torch.equal(p, q) for p, q in zip(params, state["params"])) and (after - base).abs().max() > 1e-3
+
+
+def test_prompts_from_a_file(flags):
+    Path("prompts.txt").write_text("a red circle\na blue square and a star\n", encoding="utf-8")
+    last, rows, _ = run(dgpo, [*flags(), "--prompts", "prompts.txt"])
+    assert last["steps"] == 2 and rows[-1]["tags"].keys() == {"all"}
+
+
+# =============================================================================================================== lift
+
+@pytest.mark.parametrize("module, settings", (
+    (dgpo, dict(lr=1e-3, ema=0, steps=8)), (grpo, dict(lr=1e-3, ema=0, steps=12))), ids=("dgpo", "grpo"))
+def test_lift(module, settings, flags):
+    """Red images, rewarded, become more frequent: the mean of 64 fixed noises rises by far more than it varies."""
+    last, rows, _ = run(module, flags(groups=4, group_size=16, eval_images=64, **settings))
+    assert last["eval_after"] > last["eval_before"] + .03, last
+    worse, *_ = run(module, flags(groups=4, group_size=16, eval_images=64, **settings, out="worse", reward="blue"))
+    assert worse["eval_after"] < worse["eval_before"] - .03, worse     # the reward decides, not the training
