@@ -98,9 +98,10 @@ SPECK = 8                                     # components smaller than this are
 CLOSE = .06                                   # kinds whose templates leave this much more than the best are fitted too
 
 # The limits of a right image. Distances are Euclidean in RGB; sizes are pixels at size 32.
-UNLIKE, TINT, RADIUS = .09, .12, (3.2, 11.)   # an object: energy left unexplained; distance from its colour; its radius
+UNLIKE, TINT, RADIUS = .12, .12, (3.2, 11.)   # an object: energy left unexplained; distance from its colour; its radius
 NOISE, TEXTURE, STAIN = .1, .025, (.16, .08)  # the ground: standard deviation; periodic part; 5 x 5 and 7 x 7 means
-LEFT = (.08, 1.1)                             # 3 x 3 mean of what no object explains: without noise, and per its std
+LEFT, EDGE = (.08, 1.1), (.2, 1.1)            # 3 x 3 mean of what no object explains, without noise and per its std;
+                                              # EDGE: where a drawn edge is near, so that a bent one is forgiven
 GROUND, TINGE = (.84, .98), .06               # the ground's channels; how far they may differ
 
 
@@ -285,11 +286,17 @@ def _wanted(metas, device):
     total: (B,); relation: (B, 2), the direction of object 1 from object 0, or 0."""
     kind, hue, alike, relation = [], [], [], []
     for meta in metas:
-        objects, direction = [], (0, 0)
-        for o in meta.get("include", ()):
-            objects += [(o["class"], o.get("color"))] * o["count"]
-            direction = data.RELATIONS[o["position"][0]] if "position" in o else direction
-        if not 1 <= len(objects) <= 4 or not all(c in KINDS and (h is None or h in HUES) for c, h in objects):
+        objects, direction, known = [], (0, 0), True
+        try:
+            for o in meta["include"]:
+                objects += [(o["class"], o.get("color"))] * o["count"]
+                if "position" in o:
+                    direction = data.RELATIONS[o["position"][0]]
+                    known = o["position"][1] == 0 and o is meta["include"][1] and len(objects) == 2
+            known &= 1 <= len(objects) <= 4 and all(c in KINDS and (h is None or h in HUES) for c, h in objects)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            known = False
+        if not known:
             raise ValueError(f"the tiny world's verifier cannot check {str(meta)[:200]}")
         pad = [-1] * (4 - len(objects))
         kind.append([KINDS.index(c) for c, _ in objects] + pad)
@@ -343,14 +350,18 @@ def verify(images, metas):
 
     # The ground: how far it is from plain and light, each part in units of its limit.
     scene = torch.zeros_like(rest).index_add_(0, b, flat)                                  # what the objects explain
-    left = rest - torch.minimum(torch.maximum(rest, -_grow(-scene)), _grow(scene))         # an edge may be a pixel off
+    left, every = [], torch.ones_like(far)[:, None]
+    low, high = scene, scene
+    for limit in (EDGE, LEFT):                                         # an edge may be a pixel off, then two
+        low, high = -_grow(-low), _grow(high)
+        left.append(_largest_mean(rest - rest.clamp(low, high), every, 3, .5) / (limit[0] + limit[1] * noise))
     core = torch.zeros_like(far).index_add_(0, b, (alpha > .97).float())
     sure = torch.maximum(far, core * (1 - _grow(1 - core)))[:, None]                       # no edges (B, 1, S, S)
     stain = torch.maximum(_largest_mean(rest - scene, sure, 5, .5) / STAIN[0],
                           _largest_mean(rest, far[:, None], 7, .8) / STAIN[1])
     parts = {"noise": noise / NOISE, "texture": _texture(rest, far, noise) / TEXTURE, "stain": stain,
-             "left": _largest_mean(left, torch.ones_like(sure), 3, .5) / (LEFT[0] + LEFT[1] * noise),
-             "ground": ((ground - sum(GROUND) / 2).abs().amax(1) / ((GROUND[1] - GROUND[0]) / 2)),
+             "left": torch.maximum(*left),
+             "ground": (ground - sum(GROUND) / 2).abs().amax(1) / ((GROUND[1] - GROUND[0]) / 2),
              "tinge": (ground.amax(1) - ground.amin(1)) / TINGE}
     excess = torch.stack(list(parts.values()))                                             # (6, B)
     plain = (excess <= 1).all(0)

@@ -4,18 +4,20 @@ Share of 1200 training scenes that are strictly right, and of 400 test scenes af
 
     size                                  32      28      24
     clean                              1.000   1.000   1.000
-    Gaussian noise, std .06             .999   1.000   1.000
-    Gaussian noise, std .1              .989    .984    .977
+    Gaussian noise, std .06             .999   1.000    .999
+    Gaussian noise, std .1              .988    .984    .984
     3 x 3 box blur                     1.000   1.000    .991
-    bent by .3 pixels                   .998    .998    .998
-    bent by .5 pixels                   .976    .983    .983
+    bent by .3 pixels                  1.000    .999    .999
+    bent by .5 pixels                   .989    .989    .989
     paired with a prompt that differs   .000    .000    .000
     checker of 2 or 4 pixels, +-.05     .000    .000    .000
-    half in another colour              .000    .000    .000
-    a hole of 3 x 3 pixels              .000    .000    .000
+    half in another colour              .000    .000    .002
+    a hole of 3 x 3 pixels inside       .000    .000    .000
     an extra blob of 5 pixels           .000    .000    .000
     split by a gap of 2 pixels          .000    .000    .000
-    split by a gap of 1 pixel           .020    .032    .010   rings, whose strokes are two pixels wide
+    split by a gap of 1 pixel           .050    .043    .045   rings, whose strokes are two or three pixels wide
+
+At an edge, a nick of 3 x 3 pixels passes for a bent edge in a third of the images.
 """
 import csv
 import json
@@ -70,7 +72,7 @@ def differ(a, b):
 HONEST = {"clean": lambda x: x, "noise .06": lambda x: gauss(x, .06), "noise .1": lambda x: gauss(x, .1),
           "blur": rewards._mean, "bend .3": lambda x: bend(x, .3), "bend .5": lambda x: bend(x, .5)}
 FLOOR = {"clean": (.995, .995, .995), "noise .06": (.98, .98, .98), "noise .1": (.95, .95, .95),
-         "blur": (.98, .98, .95), "bend .3": (.98, .98, .97), "bend .5": (.94, .92, .88)}
+         "blur": (.98, .98, .95), "bend .3": (.99, .99, .99), "bend .5": (.97, .97, .97)}
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -227,10 +229,10 @@ def blob(radius):
 
 
 def bridge(image, mask, ground, i):
-    """A line, two pixels wide, from the largest object to the border: it touches whatever is in between."""
+    """A line, two pixels wide, from the largest object to the further border."""
     y, x = mask.nonzero().float().mean(0).round().long().tolist()
     image = image.clone()
-    image[:, y:y + 2, x:] = image[:, mask].mean(1)[:, None, None]
+    image[:, y:y + 2, slice(x) if 2 * x > len(mask) else slice(x, None)] = image[:, mask].mean(1)[:, None, None]
     return image
 
 
@@ -252,7 +254,7 @@ def double(image, mask, ground, i):
 
 
 @pytest.mark.parametrize("damage, limit", [
-    (split(1), .04), (split(2), 0), (split(3), 0), (half_other, 0), (hollow, 0), (bridge, 0), (erase, 0), (double, 0),
+    (split(1), .08), (split(2), 0), (split(3), 0), (half_other, 0), (hollow, .01), (bridge, 0), (erase, 0), (double, 0),
     (blob(1), 0), (blob(1.5), 0), (blob(3), 0)], ids=[
     "split by 1", "split by 2", "split by 3", "half in another colour", "hollow", "bridge", "erased", "doubled",
     "5 px blob", "9 px blob", "29 px blob"])
@@ -285,10 +287,14 @@ def test_values_outside_the_range_nan_and_other_sizes():
     assert scores.isnan().tolist() == [i == 3 for i in range(8)]
     metas, images = scenes(60, size=48)
     assert rate(images, metas) >= .98
-    with pytest.raises(ValueError, match="cannot check"):
-        rewards.verify(images[:1], [{"prompt": "a dog"}])
-    with pytest.raises(ValueError, match="cannot check"):
-        rewards.verify(images[:1], [{"include": [{"class": "dog", "count": 1}]}])
+    ring, star = {"class": "ring", "count": 1}, {"class": "star", "count": 1}
+    for meta in ({"prompt": "a dog"}, {"include": [{"class": "dog", "count": 1}]}, {"include": []},
+                 {"include": [{"class": "ring"}]}, {"include": [{**ring, "color": "mauve"}]}, {"include": "ring"},
+                 {"include": [{**ring, "count": 5}]},
+                 {"include": [ring, {**star, "position": ["inside", 0]}]},
+                 {"include": [ring, {**star, "position": ["above", 1]}]}):
+        with pytest.raises(ValueError, match="cannot check"):
+            rewards.verify(images[:1], [meta])
 
 
 def test_components_of_a_spiral_and_of_many_dots():
