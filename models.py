@@ -539,8 +539,8 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None):
     named = MODELS.get(model) or (Path(model) if Path(model).is_dir() else HERE / "weights" / model)
     directory = Path(weights or named)
     if not directory.is_dir():
-        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is {', '.join(MODELS)} "
-                                f"(python models.py pretrain makes it) or a directory in the layout of SD3")
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is "
+                                f"{', '.join(MODELS)} (python models.py pretrain makes it) or a directory as SD3's")
     index = read_json(directory / "model_index.json")
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(f"{directory}/model_index.json describes a {index.get('_class_name')}: only "
@@ -618,13 +618,14 @@ def add_lora(net, rank, alpha, targets):
         raise ValueError(f"rank={rank}: a LoRA has rank 1 or more (0 on the command line trains all weights)")
     if lora_layers(net):
         raise ValueError("the network has a LoRA already: load the network anew, or load_lora into the one it has")
-    linear = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    linear = {name: module for name, module in net.named_modules() if type(module) is nn.Linear}
     for target in targets:
         if not any(name.endswith("." + target) for name in linear):
-            raise ValueError(f"the LoRA target {target} ends the name of no Linear layer: names are like {linear[-1]}")
+            raise ValueError(f"the LoRA target {target} ends the name of no Linear layer; one that would do is "
+                             f"{list(linear)[-1]}")
     net.requires_grad_(False)
-    for name, module in net.named_modules():
-        if name in linear and name.endswith(tuple("." + target for target in targets)):
+    for name, module in linear.items():
+        if name.endswith(tuple("." + target for target in targets)):
             module.__class__ = LoRALinear
             module.lora_scale, device = alpha / rank, module.weight.device
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
@@ -819,9 +820,9 @@ def main():
     parser.add_argument("command", choices=["pretrain"])
     parser.add_argument("--out", default=str(HERE / "tests" / "tiny"), help="the model's directory, diffusers layout")
     parser.add_argument("--state", default="runs/pretrain/state.pt", help="what a resume needs; found, it is resumed")
-    parser.add_argument("--images", type=int, default=640_000, help="training images in all")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of Muon and AdamW")
+    parser.add_argument("--images", type=int, default=512_000, help="training images in all")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of Muon and AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between states")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
