@@ -403,8 +403,8 @@ def _rows(suffix, text):
 # =====================================================================================================================
 # What comes out of a run: ranks, seeds, command line, metrics, pictures, checkpoints
 # =====================================================================================================================
-# Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are counted
-# over all processes, so that 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
+# Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are
+# counted over all processes: 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
 
 def mix(*key):
     """One seed from several whole numbers, such as (seed, step, group); different keys give unrelated seeds."""
@@ -425,14 +425,15 @@ def uniform(n, *key):
 def cli(config, presets, argv=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
-    presets: {name: {field: value}}; --preset's values stand under the flags that are given. Returns the dataclass, whose
-    __post_init__ may raise ValueError.
+    presets: {name: {field: value}}; --preset's values stand under the flags that are given. Returns the dataclass,
+    whose __post_init__ may raise ValueError.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(config).__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config):
-        flag, help = "--" + field.name.replace("_", "-"), f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        help = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
@@ -460,8 +461,9 @@ def check_common(cfg):
     if cfg.group_size < 2:
         raise ValueError(f"--group-size {cfg.group_size}: an advantage compares images of one prompt, so 2 or more")
     if cfg.groups < 1 or cfg.groups % world:
-        raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, since "
-                         f"its images are compared with each other. Try --groups {max(1, -(-cfg.groups // world)) * world}.")
+        raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, "
+                         f"since its images are compared with each other. Try --groups "
+                         f"{max(1, -(-cfg.groups // world)) * world}.")
     least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
     least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
     least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level")}
@@ -479,7 +481,7 @@ def check_common(cfg):
 
 @contextlib.contextmanager
 def exit_codes():
-    """0 done; 2 and one line for what our own code refuses; 1 and a traceback for anything else (a bug, ours or not)."""
+    """0 done; 2 and one line for what our own code refuses; 1 and a traceback for anything else, a bug."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -495,8 +497,8 @@ class Run:
     """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
 
     Made first by every `train`. Chooses OUT (a free one by default), refuses one that holds another run, and finds the
-    state to resume from; nothing is written before `begin`. Counters are global: images made, network passes forward and
-    backward in training (guidance makes two of one; evaluation and checks are not counted), optimizer updates.
+    state to resume from; nothing is written before `begin`. Counters are global: images made, network passes forward
+    and backward in training (guidance makes two of one; evaluation and checks are not counted), optimizer updates.
     """
 
     def __init__(self, cfg, method):
@@ -544,7 +546,7 @@ class Run:
             raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
             if not (out / "config.json").is_file():
-                raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start a run there")
+                raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
             try:
                 before = json.loads((out / "config.json").read_bytes())
             except ValueError:
@@ -553,10 +555,10 @@ class Run:
             for key, value in settings.items():
                 if key not in free and before.get(key) != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
-            try:                                                      # killed before its first checkpoint: from the start
+            try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, map_location=self.device, weights_only=True)
             except Exception as error:
-                raise ValueError(f"{out / file} is damaged ({type(error).__name__}); start anew with another --out") from None
+                raise ValueError(f"{out / file} is damaged ({type(error).__name__}); start anew: --out") from None
         self._refuse_taken(out)
         return out, state
 
@@ -576,7 +578,8 @@ class Run:
             except OSError as error:
                 raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
             if not self.state:
-                write_atomic(self.out / "config.json", (json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n").encode())
+                settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
+                write_atomic(self.out / "config.json", settings.encode())
             with open(self.out / "metrics.jsonl", "ab") as f:
                 f.truncate(self.state["written"] if self.state else 0)
 
@@ -675,7 +678,7 @@ def groups(metas, n, group_size, *key):
 
 
 def scored(name, score, images, prompts, metas):
-    """score(images, prompts, metas), (B,) float32. Raises ValueError if it raises or does not return one number each."""
+    """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image."""
     try:
         reward = score(images, prompts, metas)
     except Exception as error:
@@ -687,11 +690,11 @@ def scored(name, score, images, prompts, metas):
 
 
 def masked(name, reward):
-    """A global batch of rewards, NaN where one failed. Raises ValueError if more than a tenth did: that is no accident."""
+    """A global batch of rewards, NaN where one failed. ValueError if more than a tenth did: that is no accident."""
     reward = torch.where(reward.isfinite(), reward, torch.nan)
     failed = int(reward.isnan().sum())
     if failed > len(reward) / 10:
-        raise ValueError(f"the reward {name} gave NaN or infinity for {failed} of {len(reward)} images, more than a tenth: "
+        raise ValueError(f"the reward {name} gave NaN or infinity for {failed} of {len(reward)} images, over a tenth: "
                          f"nothing can be learned from it")
     return reward
 
@@ -706,7 +709,7 @@ def masked_reward(run, score, images, prompts, metas):
 
 
 def image_stats(images, group_size):
-    """What reward hacking moves first, as floats: saturation, contrast, ground, diversity. images (B, 3, H, W) in [0, 1].
+    """What reward hacking moves first, as floats. images: (B, 3, H, W) in [0, 1], groups contiguous.
 
     saturation: mean of max - min over the channels; contrast: mean standard deviation of an image's grey levels;
     ground: roughness of the ground, the median difference of neighbouring pixels, 0 = flat;
@@ -714,8 +717,10 @@ def image_stats(images, group_size):
     """
     images = images.float()
     grey = images.mean(1)
-    step = torch.cat([(images[..., 1:] - images[..., :-1]).flatten(1), (images[..., 1:, :] - images[..., :-1, :]).flatten(1)], 1)
-    return {"saturation": (images.amax(1) - images.amin(1)).mean().item(), "contrast": grey.flatten(1).std(1).mean().item(),
+    across, down = images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
+    step = torch.cat([across.flatten(1), down.flatten(1)], 1)
+    return {"saturation": (images.amax(1) - images.amin(1)).mean().item(),
+            "contrast": grey.flatten(1).std(1).mean().item(),
             "ground": step.abs().median(1).values.mean().item(),
             "diversity": images.unflatten(0, (-1, group_size)).std(1).mean().item()}
 
@@ -786,7 +791,8 @@ def finish(run, pipe, params, start, trained, before, rows, score, evaluate, sam
             else:
                 pipe.net.save_pretrained(run.out / "transformer")
     run.log({**{key: value for key, value in row.items()}, "tags": tags})
-    run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, {cfg.eval_steps} steps\n"
+    run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
+            f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +
             (f"\n{cfg.cfg_also:>10g} {row['also_before']:>8.3f} {row['also_after']:>8.3f}" if cfg.cfg_also else "") +
             "".join(f"\n{tag or 'all':>16} {before['tags'][tag]:>8.3f} {tags[tag]:>8.3f}" for tag in tags) +

@@ -10,8 +10,8 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
 
-Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are folded
-into beta, as in the released code; the loss is divided by beta, so that kl_beta keeps its meaning when beta changes.
+Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are
+folded into beta, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta.
 The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here.
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
@@ -48,7 +48,7 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
-    solver: str = "euler"               # of the ODE, rollouts and evaluation: euler, or dpm, DPM-Solver++(2M)  [released code]
+    solver: str = "euler"               # of the ODE: euler, or dpm, DPM-Solver++(2M)              [released code: dpm]
     sde: bool = False                   # rollouts by Flow-GRPO's SDE instead: the paper's ablation
     schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
     shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
@@ -57,7 +57,7 @@ class Config:
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
     t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]                           [paper, Sec. 3.2]
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
-    grid: bool = False                  # t from the sampler's times, without replacement, not U[t_min, 1]  [released code]
+    grid: bool = False                  # t from the sampler's times, without replacement          [released code]
     updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
     ref: str = "start"                  # theta_ref: start (frozen), ema, or old (the weights that sampled)
     rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the reference model)
@@ -66,7 +66,7 @@ class Config:
     rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 200]
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
-    kl_beta: float = 0.0                # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
+    kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -76,7 +76,7 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
-    lr: float = 1e-4                    # AdamW, constant                                          [released code: 3e-4]
+    lr: float = 2e-4                    # AdamW, constant                                          [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once, rounded to whole groups
@@ -92,30 +92,31 @@ class Config:
 
     def __post_init__(self):
         data.check_common(self)
-        for name, options in dict(method=("dgpo", "diffusion-dpo"), solver=("euler", "dpm"), clip_old=("rollout", "ema"),
-                                  dsm=("v", "x0", "elbo"), ref=("start", "ema", "old"),
+        for name, options in dict(method=("dgpo", "diffusion-dpo"), solver=("euler", "dpm"), dsm=("v", "x0", "elbo"),
+                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"),
                                   schedule=("linear", "sd3", "dpm"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
             data.choose(name, getattr(self, name), options)
         if not 0 <= self.t_min < 1:
             raise ValueError(f"--t-min {self.t_min}: 0 or more and less than 1")
         if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout, self.clip_old)):
-            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or --clip-old "
-                             f"is ema")
+            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or "
+                             f"--clip-old is ema")
         if self.beta <= 0 or self.kl_beta < 0 or self.clip_range < 0 or self.timesteps < 1:
             raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta} and --clip-range "
                              f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
-SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
-             solver="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4, eval_steps=14,
-             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24)
+SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512,
+             dtype="bfloat16", solver="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4,
+             eval_steps=14, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24)
 PRESETS = {
     "tiny": {},
-    "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0},
-    "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8, "grid": True,
-                 "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ema": 0.3, "ema_ramp": 1e-3, "rollout": "ema",
-                 "rollout_after": 200}}
+    "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0,
+              "kl_beta": 0.0},
+    "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8,
+                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ema": 0.3, "ema_ramp": 1e-3,
+                 "rollout": "ema", "rollout_after": 200}}
 
 
 # =============================================================================================================== math
@@ -135,9 +136,9 @@ def group_advantage(reward, group_size, std="group"):
 def dsm_loss(v, x_0, eps, t, weight="v"):
     """The denoising loss of Eq. (3), mean over dimensions: lambda_t |x_0hat - x_0|^2, where x_0hat = x_t - t v.
 
-    v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight "v",
-    lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the slope of
-    the signal-to-noise ratio (1 - t)^2/t^2, what the likelihood bound asks for. Returns (B,). Source: DGPO, Eq. 22.
+    v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
+    "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
+    slope of the signal-to-noise ratio (1 - t)^2/t^2, what the likelihood bound asks for. Returns (B,). Source: Eq. [22].
     """
     error = (eps - x_0 - v).square().flatten(1).mean(1)                # t^-2 |x_0hat - x_0|^2  (B,)
     return {"v": 1.0, "x0": t ** 2, "elbo": (1 - t) / t}[weight] * error
@@ -156,7 +157,7 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
 def clip_dsm(dsm, dsm_old, adv, clip_range):
     """The PPO-like clip of the released code: no gradient to l_i once r = exp(l_old - l) has gone far enough.
 
-    Far enough: r > 1 + c where A > 0, r < 1 - c where A < 0. dsm, dsm_old, adv: (B,). Returns (B,), the value unchanged.
+    Far enough: r > 1 + c where A > 0, r < 1 - c where A < 0. dsm, dsm_old, adv: (B,). Returns (B,), values unchanged.
     """
     ratio = (dsm_old - dsm.detach()).exp()                             # (B,)
     stop = ((adv > 0) & (ratio > 1 + clip_range)) | ((adv < 0) & (ratio < 1 - clip_range))
@@ -164,7 +165,7 @@ def clip_dsm(dsm, dsm_old, adv, clip_range):
 
 
 def best_and_worst(adv, group_size):
-    """Diffusion-DPO's pairs: indices (2P,) of each group's best and worst image, in turn, and their advantages 1, -1."""
+    """Diffusion-DPO's pairs: indices (2P,) of each group's best and worst image in turn, and their advantages 1, -1."""
     table = adv.view(-1, group_size)                                   # (P, G)
     first = torch.arange(len(table), device=adv.device) * group_size
     pairs = torch.stack([first + table.argmax(1), first + table.argmin(1)], 1)             # (P, 2)
@@ -177,7 +178,7 @@ def best_and_worst(adv, group_size):
 
 # == same: sampler (dgpo grpo slas) ==
 def guided(net, x, t, ctx, null, scale):
-    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two in one batch.
+    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two at once.
 
     x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
     float64 for a float64 network.
@@ -334,7 +335,8 @@ def train(cfg):
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
-    test, val = (data.draw_prompts(rows[split], n, split) for split, n in (("test", cfg.eval_images), ("val", cfg.val_images)))
+    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
+    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     null = pipe.encode_text([""])
     pipe.latent_shape(cfg.resolution)                                  # refuses one that the model cannot make
     times = [t for t in models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule) if t >= cfg.t_min and t > 0]
@@ -411,14 +413,14 @@ def train(cfg):
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size
-        both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}   # passes an image
+        both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * (
             both["ref"] + both["train"] * (1 + (cfg.clip_range > 0)))
         run.count["backwards"] += seen * both["train"]
         loss, kl, dsm = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
-        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
-               "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
+               "kl": kl, "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

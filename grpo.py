@@ -8,8 +8,8 @@ Paper: Liu et al., Flow-GRPO, arXiv:2505.05470v5. (n) is this file's number, [n]
     (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
     (4) [11] KL = |mean - mean_ref|^2 / (2 s^2)                                                              kl_loss
 
-Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code lacks
-the dt of the true Gaussian KL (--kl-form names the three in use).
+Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code
+lacks the dt of the true Gaussian KL (--kl-form names the three in use).
 
     python grpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 grpo.py                         # the same run on two processes
@@ -93,7 +93,7 @@ class Config:
             raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
                              f"--kl-beta {self.kl_beta} 0 or more")
         if self.sde == "cps" and self.sample_steps == 1:
-            raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn from")
+            raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
@@ -101,9 +101,10 @@ class Config:
                              f"--sample-steps {self.sample_steps}")
 
 
-SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
-             schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6, train_steps=0,
-             clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_eval=4.5, cfg_also=0.0, eval_every=60, micro_batch=24)
+SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512,
+             dtype="bfloat16", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6,
+             train_steps=0, clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_eval=4.5, cfg_also=0.0,
+             eval_every=60, micro_batch=24)
 PRESETS = {
     "tiny": {},
     "paper": {**SD35M, "kl_beta": 0.04, "kl_form": "gaussian", "updates": 1},
@@ -154,7 +155,7 @@ def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
 
 # == same: sampler (dgpo grpo slas) ==
 def guided(net, x, t, ctx, null, scale):
-    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two in one batch.
+    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two at once.
 
     x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
     float64 for a float64 network.
@@ -268,7 +269,7 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 
 @torch.no_grad()
 def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
-    """One SDE trajectory for each image: x (T + 1, B, C, H, W) and, for the SDE steps, logp {i: (B,)} of the stored values.
+    """One SDE trajectory for each image: x (T + 1, B, C, H, W) and, for SDE steps, logp {i: (B,)} of the stored values.
 
     window: the indices of the SDE steps; the others are ODE steps. Each group's noise is a function of (seed, step,
     group); group: the global number of the first one.
@@ -307,7 +308,8 @@ def train(cfg):
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
-    test, val = (data.draw_prompts(rows[split], n, split) for split, n in (("test", cfg.eval_images), ("val", cfg.val_images)))
+    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
+    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     null = pipe.encode_text([""])
     pipe.latent_shape(cfg.resolution)                                  # refuses one that the model cannot make
     ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)    # T + 1 times, from 1 down to 0
@@ -330,7 +332,8 @@ def train(cfg):
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
         v = guided(net, x[i], ts[i], part, null, scale)                                    # (n, C, H, W)
-        _, logp, mean, std = sde_step(v, x[i], ts[i], ts[i + 1], cfg.noise_level, x_next=x[i + 1], kind=cfg.sde, t_cap=ts[1])
+        _, logp, mean, std = sde_step(v, x[i], ts[i], ts[i + 1], cfg.noise_level, x_next=x[i + 1], kind=cfg.sde,
+                                      t_cap=ts[1])
         return logp, mean, std, v
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
@@ -341,15 +344,16 @@ def train(cfg):
         prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
-        place, choice = data.uniform(1, cfg.seed, step, "window")[0], data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
-        first = int(place * max(1, cfg.sample_steps - cfg.window)) if cfg.window else 0    # not on the last step, see below
+        choice = data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
+        place = data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - cfg.window)
+        first = int(place) if cfg.window else 0                        # not on the last step, see below
         window = range(first, first + (cfg.window or cfg.sample_steps))
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
                          run.rank * mine + s.start // cfg.group_size) for s in chunks]
         x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
         logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
-        # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): the released code skips it.
+        # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): as released, not trained.
         trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
@@ -361,13 +365,14 @@ def train(cfg):
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked and cfg.cfg_train == cfg.cfg_rollout:           # the same weights must give the same log-probs
             with torch.no_grad():
-                worst = max((rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]).expm1().abs().max()
-                            for s in chunks for i in trained).item()
+                again = {(i, k): rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
+                         for k, s in enumerate(chunks) for i in trained}
+            worst = max(difference.expm1().abs().max().item() for difference in again.values())
             run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
                     f"{cfg.clip_range / 10:.1e})")
             if worst > cfg.clip_range / 10:
-                raise ValueError(f"the same weights give other log-probs than the rollout's: |ratio - 1| = {worst:.1e} is over "
-                                 f"a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
+                raise ValueError(f"the same weights give other log-probs than the rollout's: |ratio - 1| = {worst:.1e}, "
+                                 f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
             checked = True
         logs = []
         for update in range(cfg.updates):
@@ -396,8 +401,9 @@ def train(cfg):
                                                                 + len(trained) * passes)
         run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (1 + (cfg.cfg_train != 1))
         loss, kl, *values = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
-        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss, "kl": kl,
-               **dict(zip(stats, values)), "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
+               "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
+               "stats": data.image_stats(images, cfg.group_size)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

@@ -715,7 +715,7 @@ TINY_TEXT = dict(hidden_size=128, intermediate_size=512, projection_dim=128, num
 
 
 def train_tokenizer(words, directory, length):
-    """Make a CLIP tokenizer in which each of `words` is one token; write it in CLIP's files. Returns the vocabulary size."""
+    """Make a CLIP tokenizer with one token for each of `words`; write CLIP's files. Returns the vocabulary's size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -738,9 +738,9 @@ def train_tokenizer(words, directory, length):
 def pretrain(args):
     """Make the tiny model: flow matching on the tiny world, network and text encoder together, from one seed.
 
-    Loss: E |v_theta((1 - t) x_0 + t eps, t, caption) - (eps - x_0)|^2, t logit-normal(0, 1), a tenth of the captions empty
-    (Esser et al., arXiv:2403.06206v1, Sec. 3). Matrices are trained by Muon, the rest by AdamW; the rate is constant and
-    falls to zero over the last fifth. The moving average of the weights is what is saved.
+    Loss: E |v_theta((1 - t) x_0 + t eps, t, caption) - (eps - x_0)|^2, t logit-normal(0, 1), a tenth of the captions
+    emptied (Esser et al., arXiv:2403.03206, Sec. 3). Matrices are trained by Muon, the rest by AdamW; the rate is
+    constant and falls to zero over the last fifth. The moving average of the weights is what is saved.
     """
     import data
     from tqdm import tqdm
@@ -759,9 +759,9 @@ def pretrain(args):
     if file.is_file():
         state = torch.load(file, map_location=device, weights_only=True)
         both.load_state_dict(state["net"])
-        [p.copy_(value) for p, value in zip(ema, state["ema"])]
-        [opt.load_state_dict(value) for opt, value in zip(optimizers, state["optimizers"])]
-        first = state["step"]
+        ema, first = state["ema"], state["step"]
+        for opt, value in zip(optimizers, state["optimizers"]):
+            opt.load_state_dict(value)
 
     def save(step):
         file.parent.mkdir(parents=True, exist_ok=True)

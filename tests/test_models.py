@@ -624,6 +624,9 @@ def test_add_lora_changes_the_layers_that_peft_changes(tmp_path):
     assert set(models.lora_layers(ours)) == {
         name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert not any("attn2" in name for name in models.lora_layers(ours))
+    other = MMDiT(**SD35M)
+    models.add_lora(other, RANK, ALPHA, ["proj"])                       # whole words: not add_q_proj
+    assert {name.split(".", 2)[2] for name in models.lora_layers(other)} == {"ff.net.0.proj", "ff_context.net.0.proj"}
 
 
 @pytest.mark.parametrize("rank", (4, 32))
