@@ -138,7 +138,7 @@ def dsm_loss(v, x_0, eps, t, weight="v"):
 
     v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
     "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
-    slope of the signal-to-noise ratio (1 - t)^2/t^2, what the likelihood bound asks for. Returns (B,). Source: Eq. [22].
+    slope of the signal-to-noise ratio (1 - t)^2/t^2, as the likelihood bound asks. Returns (B,). Source: DGPO, Eq. 22.
     """
     error = (eps - x_0 - v).square().flatten(1).mean(1)                # t^-2 |x_0hat - x_0|^2  (B,)
     return {"v": 1.0, "x0": t ** 2, "elbo": (1 - t) / t}[weight] * error

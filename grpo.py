@@ -371,7 +371,7 @@ def train(cfg):
             run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
                     f"{cfg.clip_range / 10:.1e})")
             if worst > cfg.clip_range / 10:
-                raise ValueError(f"the same weights give other log-probs than the rollout's: |ratio - 1| = {worst:.1e}, "
+                raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, "
                                  f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
             checked = True
         logs = []

@@ -404,7 +404,8 @@ class CLIPText(nn.Module):
 
     def __init__(self, vocab_size=49408, hidden_size=512, intermediate_size=2048, projection_dim=512,
                  num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
-                 layer_norm_eps=1e-5, eos_token_id=49407, architectures=("CLIPTextModelWithProjection",), **_):
+                 layer_norm_eps=1e-5, bos_token_id=49406, eos_token_id=49407,
+                 architectures=("CLIPTextModelWithProjection",), **_):
         super().__init__()                                           # the defaults are transformers'
         if hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act={hidden_act!r} is not implemented: 'quick_gelu' or 'gelu'")
@@ -412,7 +413,7 @@ class CLIPText(nn.Module):
                            hidden_size=hidden_size, intermediate_size=intermediate_size, projection_dim=projection_dim,
                            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
                            max_position_embeddings=max_position_embeddings, hidden_act=hidden_act,
-                           layer_norm_eps=layer_norm_eps, eos_token_id=eos_token_id)
+                           layer_norm_eps=layer_norm_eps, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
         self.eos = eos_token_id
         body = self.text_model = nn.Module()
         body.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, hidden_size),
@@ -749,7 +750,7 @@ def pretrain(args):
     vocab = train_tokenizer(data.WORLD_WORDS, out / "tokenizer", TINY_TEXT["max_position_embeddings"])
     tokenizer = CLIPTokenizer(out / "tokenizer")
     net = MMDiT(**TINY).init_weights().to(device)
-    text = CLIPText(**TINY_TEXT, vocab_size=vocab, eos_token_id=vocab - 1).init_weights().to(device)
+    text = CLIPText(**TINY_TEXT, vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1).init_weights().to(device)
     both = nn.ModuleDict({"transformer": net, "text_encoder": text})
     matrices = [p for name, p in both.named_parameters() if p.ndim == 2 and "embedding" not in name]
     rest = [p for name, p in both.named_parameters() if p.ndim != 2 or "embedding" in name]

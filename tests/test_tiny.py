@@ -1,0 +1,42 @@
+"""The shipped tiny model: its size, its layout, and how well it paints and listens."""
+import types
+from pathlib import Path
+
+import torch
+
+import data
+import dgpo
+import models
+import rewards
+
+TINY = Path(__file__).resolve().parent / "tiny"
+ALONE = types.SimpleNamespace(rank=0, world=1, sum=lambda x: x)
+
+
+def test_fits_and_is_read_by_the_public_library():
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
+    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 8 * 2 ** 20
+    pipe = models.load("tiny")
+    context, pooled = pipe.encode_text(["a photo of a red circle"])
+    theirs = CLIPTextModelWithProjection.from_pretrained(TINY / "text_encoder")
+    ids = pipe.tokenizers[0](["a photo of a red circle"])
+    net = SD3Transformer2DModel.from_pretrained(TINY / "transformer", torch_dtype=torch.float32)
+    x, t = data.noise((1, *pipe.latent_shape()), 0), torch.tensor([.7])
+    with torch.no_grad():
+        assert torch.allclose(theirs.float()(ids).text_embeds, pooled, atol=1e-5)
+        ours, other = pipe.net(x, t, context, pooled), net(x, context, pooled, t * 1000).sample
+    assert (ours - other).abs().max() < 1e-5 * ours.std()
+
+
+def test_every_word_of_the_world_is_one_token():
+    ids = models.load("tiny").tokenizers[0](data.WORLD_WORDS)
+    assert ((ids != ids[0, -1]).sum(1) == 2).all()                     # the start and the word; the rest is padding
+
+
+def test_a_good_painter_with_middling_obedience():
+    """Guidance 3, 10 steps, 192 test prompts: strict .3 to .65, far better at objects and colours than at relations."""
+    rows = data.draw_prompts(data.world_prompts("test"), 192, "test")
+    mean, tags = dgpo.evaluate(models.load("tiny"), rows, rewards.load("shapes-strict"), dgpo.Config(), ALONE, 3.0)
+    assert .3 < mean < .65
+    assert min(tags["single_object"], tags["colors"]) > .3 + max(tags["position"], tags["color_attr"])
