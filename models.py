@@ -750,7 +750,8 @@ def pretrain(args):
     vocab = train_tokenizer(data.WORLD_WORDS, out / "tokenizer", TINY_TEXT["max_position_embeddings"])
     tokenizer = CLIPTokenizer(out / "tokenizer")
     net = MMDiT(**TINY).init_weights().to(device)
-    text = CLIPText(**TINY_TEXT, vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1).init_weights().to(device)
+    ends = dict(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1)
+    text = CLIPText(**TINY_TEXT, **ends).init_weights().to(device)
     both = nn.ModuleDict({"transformer": net, "text_encoder": text})
     matrices = [p for name, p in both.named_parameters() if p.ndim == 2 and "embedding" not in name]
     rest = [p for name, p in both.named_parameters() if p.ndim != 2 or "embedding" in name]
