@@ -59,9 +59,9 @@ class Config:
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
     grid: bool = False                  # t from the sampler's times, without replacement          [released code]
     updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
-    ref: str = "start"                  # theta_ref: start (frozen), ema, or old (the weights that sampled)
+    ref: str = "ema"                    # theta_ref: start (frozen, paper), ema, or old (the weights that sampled)
     rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the reference model)
-    ema: float = 0.95                   # decay of the moving average, per update; evaluated and saved (0: off)
+    ema: float = 0.98                   # decay of the moving average, per update; evaluated and saved (0: off)
     ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
     rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 200]
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
@@ -113,9 +113,9 @@ SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="ge
 PRESETS = {
     "tiny": {},
     "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0,
-              "kl_beta": 0.0},
+              "ref": "start", "kl_beta": 0.0},
     "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8,
-                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ema": 0.3, "ema_ramp": 1e-3,
+                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ref": "start", "ema": 0.3, "ema_ramp": 1e-3,
                  "rollout": "ema", "rollout_after": 200}}
 
 
