@@ -12,7 +12,8 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
 
 Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are
 folded into beta, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta.
-The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here.
+The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here. The tiny
+preset's reference is the slow moving average of the weights, not the frozen start: README, "What keeps it stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
@@ -115,8 +116,8 @@ PRESETS = {
     "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0,
               "ref": "start", "kl_beta": 0.0},
     "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8,
-                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ref": "start", "ema": 0.3, "ema_ramp": 1e-3,
-                 "rollout": "ema", "rollout_after": 200}}
+                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ref": "start", "ema": 0.3,
+                 "ema_ramp": 1e-3, "rollout": "ema", "rollout_after": 200}}
 
 
 # =============================================================================================================== math

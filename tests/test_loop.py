@@ -490,7 +490,7 @@ def test_micro_batches_do_not_change_the_gradient(module, flags):
 def test_the_first_step_of_one_mode_is_that_of_another(flags):
     """Modes that must agree: a clip too wide to matter, a reference or a rollout that has not moved, a window of all."""
     def first(module, name, **settings):
-        return run(module, flags(out=name, steps=1, **{"updates": 1, **settings}))[2]["params"]
+        return run(module, flags(out=name, **{"steps": 1, "updates": 1, **settings}))[2]["params"]
     plain = first(dgpo, "plain")
     for name, settings in dict(clip=dict(clip_range=50.0), ema=dict(ref="ema"), old=dict(ref="old"),
                                offline=dict(rollout="start"), later=dict(rollout="ema", rollout_after=5)).items():
@@ -498,6 +498,9 @@ def test_the_first_step_of_one_mode_is_that_of_another(flags):
     for name, settings in dict(dpo=dict(method="diffusion-dpo"), two=dict(timesteps=2), grid=dict(grid=True), x0=dict(dsm="x0"),
                                batch=dict(adv_std="batch"), scale=dict(cfg_ref=2.0), noisy=dict(sde=True)).items():
         assert not same(first(dgpo, name, **settings), plain), name
+    whole = first(dgpo, "three", steps=3)                              # the rollout's weights: the ratio is exactly 1
+    assert same(first(dgpo, "close", steps=3, clip_range=1e-6), whole)
+    assert not same(first(dgpo, "far", steps=3, clip_range=1e-6, clip_old="ema"), whole)
     plain = first(grpo, "grpo", train_steps=0)
     assert same(first(grpo, "window", train_steps=0, window=4), plain)
     for name, settings in dict(part=dict(train_steps=1), some=dict(window=2), dance=dict(sde="dance"),
