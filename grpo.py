@@ -256,11 +256,12 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 
     Returns the mean and {tag: mean} over GenEval's tags.
     """
-    own = list(range(run.rank, len(rows), run.world))
-    prompts = [rows[i]["prompt"] for i in own]
-    images = sample(pipe, prompts, [("eval", i) for i in own], cfg, scale)
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    total[own] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in own]).double().cpu()
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
+    for k in range(0, len(own), cfg.micro_batch):
+        some = own[k:k + cfg.micro_batch]
+        prompts = [rows[i]["prompt"] for i in some]
+        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
+        total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
     total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
     return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
                                     for tag in dict.fromkeys(tags)}

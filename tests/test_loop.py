@@ -275,7 +275,7 @@ def test_evaluation_uses_the_moving_average(flags):
     """With a decay of almost 1 the average has not moved: neither has what is evaluated and saved. --ema 0: it has."""
     still, rows, _ = run(dgpo, flags(out="still", ema=1 - 1e-12, lr=1e-2, eval_every=1))
     assert still["eval_after"] == still["eval_before"] and rows[1]["eval"] == rows[2]["eval"]
-    moved, rows, state = run(dgpo, flags(out="moved", ema=0, lr=1e-2, eval_every=1))
+    moved, rows, state = run(dgpo, flags(out="moved", ema=0, ref="start", lr=1e-2, eval_every=1))
     assert moved["eval_after"] != moved["eval_before"] and state["ema"] == []
     net = models.MMDiT.from_pretrained("moved/transformer")
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), state["params"]))
@@ -450,7 +450,7 @@ DGPO_MODES = (
     dict(clip_range=.01), dict(clip_range=.01, clip_old="ema"), dict(kl_beta=1.0), dict(grid=True), dict(timesteps=2),
     dict(grid=True, timesteps=3, t_min=0.0), dict(dsm="x0"), dict(dsm="elbo", t_min=.1), dict(cfg_rollout=3.0),
     dict(cfg_train=2.0), dict(cfg_ref=2.0), dict(cfg_eval=2.0), dict(adv_std="batch"), dict(adv_std="none"),
-    dict(updates=1), dict(ema=0), dict(micro_batch=4), dict(resolution=8), dict(dtype="bfloat16"), dict(fused=False))
+    dict(updates=1), dict(ema=0, ref="start"), dict(micro_batch=4), dict(resolution=8), dict(dtype="bfloat16"), dict(fused=False))
 GRPO_MODES = (
     dict(), dict(sde="dance"), dict(sde="cps"), dict(schedule="sd3", shift=3.0), dict(schedule="dpm", shift=3.0),
     dict(window=1), dict(window=2), dict(window=4), dict(window=1, sde="cps"), dict(train_steps=0), dict(train_steps=1),
@@ -523,7 +523,7 @@ def test_a_kl_holds_the_velocity(flags):
 @BOTH
 def test_lora(module, flags, random_model):
     """Only the LoRA is trained, from an unchanged network; the file gives another network the trained one's weights."""
-    last, rows, state = run(module, flags(lora_rank=4, lora_alpha=8.0, lr=1e-2, steps=3, ema=0))
+    last, rows, state = run(module, flags(lora_rank=4, lora_alpha=8.0, lr=1e-2, steps=3, ema=.1))
     assert not Path("out/transformer").exists() and last["eval_after"] != last["eval_before"]
     x, t, context, pooled = (torch.randn(2, 3, 12, 12), torch.tensor([.3, .9]), torch.randn(2, 16, 32),
                              torch.randn(2, 32))
@@ -531,7 +531,7 @@ def test_lora(module, flags, random_model):
     base = net(x, t, context, pooled)
     params = models.add_lora(net, 4, 8.0, models.LORA_TARGETS)
     assert torch.equal(net(x, t, context, pooled), base)
-    for p, value in zip(params, state["params"], strict=True):         # what was trained
+    for p, value in zip(params, state["ema"], strict=True):            # what was evaluated
         p.data.copy_(value)
     trained = net(x, t, context, pooled)
     assert (trained - base).abs().max() > 1e-3
@@ -550,7 +550,7 @@ def test_prompts_from_a_file(flags):
 # =============================================================================================================== lift
 
 @pytest.mark.parametrize("module, settings", (
-    (dgpo, dict(lr=1e-3, ema=0, steps=8)), (grpo, dict(lr=1e-3, ema=0, steps=12))), ids=("dgpo", "grpo"))
+    (dgpo, dict(lr=1e-3, ema=.1, steps=8, ref="start")), (grpo, dict(lr=1e-3, ema=.1, steps=12))), ids=("dgpo", "grpo"))
 def test_lift(module, settings, flags):
     """Red images, rewarded, become more frequent: the mean of 64 fixed noises rises by far more than it varies."""
     last, rows, _ = run(module, flags(groups=4, group_size=16, eval_images=64, **settings))
