@@ -558,7 +558,7 @@ class Run:
             try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, map_location=self.device, weights_only=True)
             except Exception as error:
-                raise ValueError(f"{out / file} is damaged ({type(error).__name__}); start anew: --out") from None
+                raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
         self._refuse_taken(out)
         return out, state
 

@@ -504,9 +504,8 @@ class TextToImage:
     def encode_text(self, prompts):
         """prompts, B strings -> (context (B, L, D), pooled (B, P)). Each distinct prompt is encoded once and kept."""
         new = sorted(set(prompts) - set(self.cache))
-        for i in range(0, len(new), 64):
-            for prompt, *features in zip(new[i:i + 64], *self.encode(new[i:i + 64])):
-                self.cache[prompt] = features
+        for prompt in new:                       # alone: in a batch the last bits depend on the company, so on history
+            self.cache[prompt] = [part[0] for part in self.encode([prompt])]
         return tuple(torch.stack(part) for part in zip(*(self.cache[prompt] for prompt in prompts)))
 
     def encode(self, prompts):
