@@ -29,7 +29,8 @@ def random_model(tmp_path_factory):
         models.save_pretrained(module, out / name)
     (out / "model_index.json").write_text(json.dumps(
         {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
-         "text_encoder": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"]}))
+         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+         "tokenizer": ["transformers", "CLIPTokenizer"]}))
     return out
 
 

@@ -17,7 +17,8 @@ COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 
 
 
 def curve(folder):
-    """The validation points of one run: a list of metrics rows that hold `eval`, seconds counted from the first step."""
+    """The validation points of one run: a list of metrics rows that hold `eval`, seconds counted from the first
+    step."""
     rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
     start = next(row["seconds"] for row in rows if row["step"] == 0)
     return [{**row, "seconds": row["seconds"] - start} for row in rows if "eval" in row]
@@ -76,7 +77,8 @@ def main(file, *arguments):
         last = ", ".join(f"{end['eval']:.3f}" for end in ends)
         best = ", ".join(f"{max(row['eval'] for row in rows):.3f}" for rows in curves)
         print(f"| {label} | {len(curves)} | {last} | {best} "
-              f"| {statistics.mean(end['images'] for end in ends):,.0f} | {statistics.mean(end['forwards'] for end in ends):,.0f} "
+              f"| {statistics.mean(end['images'] for end in ends):,.0f} "
+              f"| {statistics.mean(end['forwards'] for end in ends):,.0f} "
               f"| {statistics.mean(end['seconds'] for end in ends):.0f} |")
 
 

@@ -40,7 +40,8 @@ def small(random_model, reward_file):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(module, line, *words): exit code 2, one line on stderr with those words, no traceback. Returns the line."""
+    """refused(module, line, *words): exit code 2, one line on stderr with those words, no traceback. Returns the
+    line."""
     def check(module, line, *words):
         capsys.readouterr()                                            # what went before
         with pytest.raises(SystemExit) as end:
@@ -81,8 +82,9 @@ def test_every_field_is_a_flag_with_a_comment(module, capsys):
 @BOTH
 def test_the_common_flags_are_there(module):
     names = {field.name for field in dataclasses.fields(module.Config)}
-    assert names >= set("model weights method preset reward eval_reward prompts steps sample_steps eval_steps groups group_size "
-                        "resolution lora_rank cfg_rollout cfg_train cfg_ref cfg_eval seed out resume minutes fused".split())
+    assert names >= set("model weights method preset reward eval_reward prompts steps sample_steps eval_steps groups "
+                        "group_size resolution lora_rank cfg_rollout cfg_train cfg_ref cfg_eval seed out resume "
+                        "minutes fused".split())
 
 
 @BOTH
@@ -94,13 +96,15 @@ def test_flags_beat_the_preset_and_the_preset_beats_defaults(module):
 
 def test_help_runs_as_a_command():
     for script in ("dgpo.py", "grpo.py"):
-        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)
         assert done.returncode == 0 and "--group-size" in done.stdout and not done.stderr
 
 
 # =========================================================================================================== presets
 
-COMMON = dict(model="sd35m", resolution=512, dtype="bfloat16", shift=3.0, sample_steps=10, cfg_rollout=4.5, cfg_eval=4.5,
+COMMON = dict(model="sd35m", resolution=512, dtype="bfloat16", shift=3.0, sample_steps=10, cfg_rollout=4.5,
+              cfg_eval=4.5,
               lr=3e-4, weight_decay=1e-4, max_grad_norm=1.0, adv_clip=5.0)
 DGPO = dict(COMMON, solver="dpm", schedule="dpm", lora_rank=64, lora_alpha=128.0, beta=100.0, updates=1, timesteps=4,
             cfg_train=1.0, cfg_ref=1.0, eval_steps=14, ref="start", dsm="v", adv_std="group")
@@ -123,7 +127,8 @@ def test_presets(module, preset, numbers, refused):
 
 
 def test_official_presets_times():
-    """DGPO's clip keeps the first 5 of its 10 times (t >= .8178); Flow-GRPO's schedule is the library's, 9 steps trained."""
+    """DGPO's clip keeps the first 5 of its 10 times (t >= .8178); Flow-GRPO's schedule is the library's, 9 steps
+    trained."""
     cfg = data.cli(dgpo.Config, dgpo.PRESETS, ["--preset", "official"])
     ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
     kept = [t for t in ts if t >= cfg.t_min]
@@ -138,14 +143,18 @@ def test_official_presets_times():
 WORDS = {"both": ("method", "preset", "schedule", "solver", "dtype", "adv_std"),
          "dgpo": ("dsm", "ref", "rollout", "clip_old"), "grpo": ("sde", "kl_form")}
 NUMBERS = {"both": {
-    "--steps": (0, -1, "many", 1.5), "--sample-steps": (0,), "--eval-steps": (0,), "--eval-images": (0,), "--micro-batch": (0,),
+    "--steps": (0, -1, "many", 1.5), "--sample-steps": (0,), "--eval-steps": (0,), "--eval-images": (0,),
+    "--micro-batch": (0,),
     "--group-size": (1, 0, -4), "--groups": (0, -2), "--updates": (0,), "--save-every": (0,), "--val-images": (0,),
-    "--eval-every": (-1,), "--lr": (0, -1e-4, "nan", "inf", "fast"), "--minutes": (0, -1, "nan"), "--weight-decay": (-1,),
-    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (0, -3), "--ema": (-.1, 1, 1.5), "--kl-beta": (-1, "nan"),
+    "--eval-every": (-1,), "--lr": (0, -1e-4, "nan", "inf", "fast"), "--minutes": (0, -1, "nan"),
+    "--weight-decay": (-1,),
+    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (0, -3), "--ema": (-.1, 1, 1.5),
+    "--kl-beta": (-1, "nan"),
     "--noise-level": (-.5,), "--clip-range": (-1,), "--resolution": (-8, 13), "--lora-rank": (-1,),
     "--cfg-rollout": ("nan", "inf"), "--seed": ("x",)},
     "dgpo": {"--beta": (0, -1, "nan"), "--t-min": (-.1, 1, 2), "--timesteps": (0,)},
-    "grpo": {"--window": (-1, 4), "--train-steps": (-1, 4), "--ema-every": (0,), "--clip-range": (0,), "--noise-level": (0,)}}
+    "grpo": {"--window": (-1, 4), "--train-steps": (-1, 4), "--ema-every": (0,), "--clip-range": (0,),
+             "--noise-level": (0,)}}
 
 
 @pytest.mark.parametrize("module, name", [(module, name) for module in (dgpo, grpo)
@@ -257,7 +266,8 @@ def test_an_empty_out_is_used(module, small):
 
 @BOTH
 def test_bad_prompt_files(module, small, refused):
-    for name, content, words in (("a.txt", None, "No such file"), ("b.txt", b"", "no prompts"), ("c.txt", b"\n \n", "no prompts"),
+    for name, content, words in (("a.txt", None, "No such file"), ("b.txt", b"", "no prompts"),
+                                 ("c.txt", b"\n \n", "no prompts"),
                                  ("d.txt", b"caf\xe9\n", "not UTF-8"), ("e.jsonl", b"{", "not a valid"),
                                  ("f.csv", b"text\nred\n", "no prompt"), ("g.md", b"red", "unknown prompts")):
         if content is not None:
@@ -269,7 +279,8 @@ def test_bad_prompt_files(module, small, refused):
 
 @BOTH
 def test_bad_rewards(module, small, refused, reward_file):
-    for name, words in (("shape", ("'shape'", "shapes")), (f"{reward_file}:", ("''",)), (f"{reward_file}:read", ("'read'",)),
+    for name, words in (("shape", ("'shape'", "shapes")), (f"{reward_file}:", ("''",)),
+                        (f"{reward_file}:read", ("'read'",)),
                         ("missing.py:red", ("missing.py",)), ("shapes:heavy", ("'heavy'",))):
         for flag in ("--reward", "--eval-reward"):
             refused(module, [*small, flag, name], *words)
@@ -288,8 +299,10 @@ def test_rewards_that_fail(module, name, words, small, refused, reward_file):
 
 
 def test_bad_input_as_a_command(small, reward_file):
-    """The same from a shell: the code, one line on stderr and nothing on stdout; later, a line beside the progress bar."""
-    done = subprocess.run([sys.executable, ROOT / "dgpo.py", *small, "--group-size", "1"], capture_output=True, text=True,
+    """The same from a shell: the code, one line on stderr and nothing on stdout; later, a line beside the progress
+    bar."""
+    done = subprocess.run([sys.executable, ROOT / "dgpo.py", *small, "--group-size", "1"], capture_output=True,
+                          text=True,
                           stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --group-size 1: ")

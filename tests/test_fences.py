@@ -1,4 +1,5 @@
-"""Blocks between `# == same: NAME (a b c) ==` and `# == end ==` are alike, byte for byte, in the files that they name."""
+"""Blocks between `# == same: NAME (a b c) ==` and `# == end ==` are alike, byte for byte, in the files that they
+name."""
 import re
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def blocks(file):
 
 
 def check(root):
-    """Compare all blocks of a folder's files; a file that is named and exists must have the block. Returns their number."""
+    """Compare all blocks of a folder's files; a file that is named and exists must have the block. Returns their
+    number."""
     found = {file.stem: blocks(file) for file in root.glob("*.py")}
     for stem, own in found.items():
         for name, (files, body) in own.items():

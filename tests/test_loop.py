@@ -1,4 +1,5 @@
-"""Whole runs of dgpo.py and grpo.py on a very small random model: processes, kills, counters, guards, every mode, a lift."""
+"""Whole runs of dgpo.py and grpo.py on a very small random model: processes, kills, counters, guards, every mode, a
+lift."""
 import contextlib
 import io
 import json
@@ -308,10 +309,12 @@ def test_the_moving_average(module, settings, decays, flags, random_model, monke
 
 
 def test_the_updates_of_one_rollout_share_its_groups(flags, monkeypatch):
-    """Flow-GRPO's gradient over all groups is the mean of those of its disjoint parts, where the weights stand still."""
+    """Flow-GRPO's gradient over all groups is the mean of those of its disjoint parts, where the weights stand
+    still."""
     seen = watched(monkeypatch)
     for name, updates in (("one", 1), ("two", 2)):
-        run(grpo, flags(out=name, steps=1, dtype="float64", lr=1e-14, updates=updates, micro_batch=4, max_grad_norm=1e9))
+        run(grpo, flags(out=name, steps=1, dtype="float64", lr=1e-14, updates=updates, micro_batch=4,
+                        max_grad_norm=1e9))
     (whole, _), (a, _), (b, _) = seen
     assert all((w - (x + y) / 2).abs().max() < 1e-9 * w.abs().max() + 1e-12 for w, x, y in zip(whole, a, b))
     assert max((x - y).abs().max() for x, y in zip(a, b)) > 1e-3
@@ -353,7 +356,8 @@ def counting(module, monkeypatch):
 
 @pytest.mark.parametrize("settings", (
     dict(), dict(cfg_rollout=2.0), dict(cfg_train=2.0, cfg_ref=3.0, timesteps=2), dict(clip_range=.1, cfg_train=1.5),
-    dict(method="diffusion-dpo", kl_beta=.1, updates=3, cfg_rollout=0.0), dict(sde=True, eval_every=1), dict(solver="dpm")),
+    dict(method="diffusion-dpo", kl_beta=.1, updates=3, cfg_rollout=0.0), dict(sde=True, eval_every=1),
+    dict(solver="dpm")),
     ids=str)
 def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
     with counting(dgpo, monkeypatch) as seen:
@@ -362,15 +366,17 @@ def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", (
-    dict(), dict(train_steps=0, cfg_rollout=2.0), dict(kl_beta=.1, cfg_ref=2.0, updates=1), dict(cfg_train=2.0, kl_beta=.1),
-    dict(cfg_train=2.0, cfg_rollout=2.0), dict(window=2, eval_every=1), dict(sde="cps", window=4, train_steps=0)), ids=str)
+    dict(), dict(train_steps=0, cfg_rollout=2.0), dict(kl_beta=.1, cfg_ref=2.0, updates=1),
+    dict(cfg_train=2.0, kl_beta=.1),
+    dict(cfg_train=2.0, cfg_rollout=2.0), dict(window=2, eval_every=1), dict(sde="cps", window=4, train_steps=0)),
+    ids=str)
 def test_grpo_counts_network_passes(settings, flags, monkeypatch):
     """All but the check before the first update, which a resume repeats: each trained step scored once more."""
     with counting(grpo, monkeypatch) as seen:
         _, rows, _ = run(grpo, flags(**settings))
     train = 1 + (settings.get("cfg_train", 1) != 1)
     if settings.get("cfg_train", 1) == settings.get("cfg_rollout", 1):
-        seen["forwards"] -= rows[1]["backwards"]                       # 8 images, the steps that the first rollout trains
+        seen["forwards"] -= rows[1]["backwards"]  # 8 images, the steps that the first rollout trains
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
 
 
@@ -412,7 +418,8 @@ def test_a_nan_gradient_is_skipped_and_training_goes_on(module, flags, monkeypat
 
 
 def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
-    """Run.update on its own: norms 1, then 19 (taken, clipped to 1), 21 and inf (skipped), each beside a median of 1."""
+    """Run.update on its own: norms 1, then 19 (taken, clipped to 1), 21 and inf (skipped), each beside a median of
+    1."""
     run = data.Run.__new__(data.Run)
     run.rank, run.world, run.norms, run.count = 0, 1, [1.0] * 10, {"updates": 0, "skipped": 0}
     p = torch.nn.Parameter(torch.zeros(2))
@@ -445,13 +452,15 @@ def moved(state, random_model):
 
 
 DGPO_MODES = (
-    dict(), dict(solver="dpm"), dict(solver="dpm", schedule="dpm", shift=3.0), dict(sde=True, schedule="sd3", shift=3.0),
+    dict(), dict(solver="dpm"), dict(solver="dpm", schedule="dpm", shift=3.0),
+    dict(sde=True, schedule="sd3", shift=3.0),
     dict(ref="ema"), dict(ref="old"), dict(rollout="ema"), dict(rollout="ema", rollout_after=2, ema_ramp=.01),
     dict(rollout="start"), dict(method="diffusion-dpo"), dict(method="diffusion-dpo", rollout="start"),
     dict(clip_range=.01), dict(clip_range=.01, clip_old="ema"), dict(kl_beta=1.0), dict(grid=True), dict(timesteps=2),
     dict(grid=True, timesteps=3, t_min=0.0), dict(dsm="x0"), dict(dsm="elbo", t_min=.1), dict(cfg_rollout=3.0),
     dict(cfg_train=2.0), dict(cfg_ref=2.0), dict(cfg_eval=2.0), dict(adv_std="batch"), dict(adv_std="none"),
-    dict(updates=1), dict(ema=0, ref="start"), dict(micro_batch=4), dict(resolution=8), dict(dtype="bfloat16"), dict(fused=False))
+    dict(updates=1), dict(ema=0, ref="start"), dict(micro_batch=4), dict(resolution=8), dict(dtype="bfloat16"),
+    dict(fused=False))
 GRPO_MODES = (
     dict(), dict(sde="dance"), dict(sde="cps"), dict(schedule="sd3", shift=3.0), dict(schedule="dpm", shift=3.0),
     dict(window=1), dict(window=2), dict(window=4), dict(window=1, sde="cps"), dict(train_steps=0), dict(train_steps=1),
@@ -483,20 +492,23 @@ def test_compiled_ops_and_their_twins_train_the_same(module, flags):
 
 @BOTH
 def test_micro_batches_do_not_change_the_gradient(module, flags):
-    states = [run(module, flags(out=str(n), micro_batch=n, dtype="float64", groups=3, updates=1))[2] for n in (4, 8, 96)]
+    states = [run(module, flags(out=str(n), micro_batch=n, dtype="float64", groups=3,
+                                updates=1))[2] for n in (4, 8, 96)]
     for other in states[1:]:
         assert all((a - b).abs().max() < 1e-9 for a, b in zip(states[0]["params"], other["params"]))
 
 
 def test_the_first_step_of_one_mode_is_that_of_another(flags):
-    """Modes that must agree: a clip too wide to matter, a reference or a rollout that has not moved, a window of all."""
+    """Modes that must agree: a clip too wide to matter, a reference or a rollout that has not moved, a window of
+    all."""
     def first(module, name, **settings):
         return run(module, flags(out=name, **{"steps": 1, "updates": 1, **settings}))[2]["params"]
     plain = first(dgpo, "plain")
     for name, settings in dict(clip=dict(clip_range=50.0), ema=dict(ref="ema"), old=dict(ref="old"),
                                offline=dict(rollout="start"), later=dict(rollout="ema", rollout_after=5)).items():
         assert same(first(dgpo, name, **settings), plain), name
-    for name, settings in dict(dpo=dict(method="diffusion-dpo"), two=dict(timesteps=2), grid=dict(grid=True), x0=dict(dsm="x0"),
+    for name, settings in dict(dpo=dict(method="diffusion-dpo"), two=dict(timesteps=2), grid=dict(grid=True),
+                               x0=dict(dsm="x0"),
                                batch=dict(adv_std="batch"), scale=dict(cfg_ref=2.0), noisy=dict(sde=True)).items():
         assert not same(first(dgpo, name, **settings), plain), name
     whole = first(dgpo, "three", steps=3)                              # the rollout's weights: the ratio is exactly 1

@@ -162,7 +162,8 @@ def test_kl_loss_forms():
     close(grpo.kl_loss(mean, ref, v, v_ref, std, dt, "flow-grpo"), ((mean - ref) ** 2).mean() / (2 * s ** 2))
     close(grpo.kl_loss(mean, ref, v, v_ref, std, dt, "flow-grpo"), exact * -dt)
     close(grpo.kl_loss(mean, ref, v, v_ref, std, dt, "velocity"), ((v - v_ref) ** 2).mean())
-    assert torch.autograd.gradcheck(lambda m: grpo.kl_loss(m, ref, v, v_ref, std, dt, "gaussian"), mean.requires_grad_())
+    assert torch.autograd.gradcheck(lambda m: grpo.kl_loss(m, ref, v, v_ref, std, dt, "gaussian"),
+                                    mean.requires_grad_())
 
 
 # ============================================================================================== samplers, closed forms
@@ -188,7 +189,8 @@ def propagate(kind, steps, start=1.0):
     ts, (mean, var) = [start * t for t in models.schedule(steps)], marginal(start)
     probe = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
     for t, t_next in zip(ts, ts[1:]):
-        _, _, out, std = grpo.sde_step(velocity(probe, t), probe, t, t_next, noise_of(kind, steps), eps=probe, kind=kind,
+        _, _, out, std = grpo.sde_step(velocity(probe, t), probe, t, t_next, noise_of(kind, steps), eps=probe,
+                                       kind=kind,
                                        t_cap=ts[1])
         b, a = out[0].item(), (out[1] - out[0]).item()
         mean, var = a * mean + b, a ** 2 * var + std ** 2
