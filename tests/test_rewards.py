@@ -24,6 +24,7 @@ import json
 import math
 
 import pytest
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -306,11 +307,10 @@ def test_components_of_a_spiral_and_of_many_dots():
         mask[0, top + 2, left:left + 3] = 1
         top, bottom, left, right = top + 2, bottom - 2, left + 2, right - 2
     mask[1, ::2, ::2] = 1
-    scipy = pytest.importorskip("scipy.ndimage")
     random = (torch.rand(6, 24, 24, generator=torch.Generator().manual_seed(0)) > .6).float()
     mask = torch.cat((mask, random))
     for m, labels in zip(mask, rewards.components(mask)):
-        want, n = scipy.label(m.numpy(), structure=[[1] * 3] * 3)
+        want, n = scipy.ndimage.label(m.numpy(), structure=[[1] * 3] * 3)
         pairs = set(zip(want.ravel().tolist(), labels.tolist()))
         assert len(pairs) == len(labels.unique()) == n + (m == 0).any().int().item()
 
