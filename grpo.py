@@ -302,7 +302,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device)
     net = pipe.net
-    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, models.LORA_TARGETS) if cfg.lora_rank else \
+    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, net.lora_targets) if cfg.lora_rank else \
         models.trainable(net.requires_grad_(True))
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     ema = [p.clone() for p in start] if cfg.ema else None

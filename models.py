@@ -4,14 +4,21 @@ Each network is a chapter that can be copied out alone. Its parameters are named
 loads strictly, with no renaming table. Every chapter is tested against the public library that it can be mistaken for.
 
     Weights      from_pretrained, save_pretrained: the diffusers / transformers directory layout
+    Layers       what several networks are made of
     MMDiT        the transformer of SD3 and SD3.5 (joint attention; dual attention and qk norm where the config says so)
-    CLIPText     the CLIP text encoder, and its tokenizer
+    Flux         the transformer of FLUX.1: joint and single blocks, rotary positions
+    UNet         the network of Stable Diffusion 1.4 and 1.5
+    VAE          the autoencoder of all three
+    CLIPText     the CLIP text encoder
+    T5Encoder    the T5 v1.1 encoder
+    Tokenizers   CLIP's and T5's
     Pipeline     load: a directory or a name -> networks, text features, decoding
     Schedules    the list of times of a sampler
     LoRA         add_lora, save_lora, load_lora; other weights for a moment: using
     Pretraining  python models.py pretrain: how the tiny model under tests/tiny was made
 
-Times t are flow times in [0, 1], 1 = noise. Shapes: B batch, C, H, W latent, L text tokens, N image tokens, D width.
+Times t are flow times in [0, 1], 1 = noise, but for the DDPM steps n of UNet. Shapes: B batch, C, H, W latent, L text
+tokens, N image tokens, D width.
 """
 import argparse
 import contextlib
@@ -27,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
 
@@ -114,7 +122,7 @@ def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
     want = net.state_dict()
 
     def rename(key):
-        return key if key in want else cls.prefix + key
+        return key if key in want else cls.rename(key)                # old names of the same tensors
     tensors = read_tensors(weight_files(directory), want, rename, cls.ignore)
     net.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}, assign=True)
     return net.eval().requires_grad_(False)
@@ -135,22 +143,13 @@ def save_pretrained(net, directory, dtype=None):
     (directory / "config.json").write_text(json.dumps(net.config, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------------- MMDiT
+# ------------------------------------------------------------------------------------------------------------- layers
 
 def sinusoid(t, dim, max_period=10000.0):
     """Sinusoidal features of a scalar, cosines first. t (B,) in the unit of the checkpoint -> (B, dim) float32."""
     frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t.float()[:, None] * frequency                                               # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def sincos_table(dim, size, base):
-    """Fixed 2-D sine-cosine positions (size*size, dim), column part first, spaced base/size apart, in float64."""
-    place = torch.arange(size, dtype=torch.float64) * (base / size)
-    angle = place[:, None] * 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                  # (size, dim/2)
-    column, row = axis[None].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
-    return torch.cat([column, row], dim=-1).reshape(size * size, dim).float()
 
 
 class Embedder(nn.Module):
@@ -162,24 +161,6 @@ class Embedder(nn.Module):
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Cut an image into patches and add the centre crop of a fixed position table."""
-
-    def __init__(self, channels, dim, patch, max_size, base):
-        super().__init__()
-        self.patch, self.max_size = patch, max_size
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.register_buffer("pos_embed", sincos_table(dim, max_size, base)[None])       # (1, max_size^2, D)
-
-    def forward(self, x):
-        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
-        if max(h, w) > self.max_size:
-            raise ValueError(f"{h} x {w} patches do not fit the position table of {self.max_size} x {self.max_size}")
-        top, left = (self.max_size - h) // 2, (self.max_size - w) // 2
-        table = self.pos_embed.view(self.max_size, self.max_size, -1)[top:top + h, left:left + w]
-        return self.proj(x).flatten(2).transpose(1, 2) + table.reshape(1, h * w, -1).to(x.dtype)     # (B, N, D)
 
 
 class Modulation(nn.Module):
@@ -228,10 +209,22 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def rotate(x, angle):
+    """Rotary positions: turn each pair (x_2i, x_2i+1) by its angle. x (B, heads, N, d); angle (N, d/2), float64.
+
+    In float32 at least, as its cosines, then back to x's dtype. Source: Su et al., arXiv:2104.09864, Eq. 34.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(wide), angle.sin().to(wide)                                # (N, d/2)
+    a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)                                  # (B, heads, N, d/2) each
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Attention over image tokens, joined by text tokens where context is given (each stream has its own projections).
 
-    joint: the text stream takes part; context_out: its result goes on (not in the last block).
+    joint: the text stream takes part; context_out: its result goes on (not in the last block). rope: the image tokens'
+    angles, for `rotate` (FLUX); text stays at position zero.
     """
 
     def __init__(self, dim, heads, qk_norm, joint, context_out):
@@ -248,10 +241,12 @@ class Attention(nn.Module):
         if joint:
             self.norm_added_q, self.norm_added_k = norm(), norm()
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, rope=None):
         def split(y):
             return y.unflatten(2, (self.heads, -1)).transpose(1, 2)                      # (B, heads, N, D/heads)
         q, k, v = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x))), split(self.to_v(x))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if context is not None:
             q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context)))], dim=2)      # (B, heads, N + L, .)
             k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context)))], dim=2)
@@ -261,6 +256,73 @@ class Attention(nn.Module):
             return self.to_out[0](y)
         n = x.shape[1]
         return self.to_out[0](y[:, :n]), self.to_add_out(y[:, n:]) if hasattr(self, "to_add_out") else None
+
+
+class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions behind GroupNorm and SiLU, and a shortcut. dim_time: width of the time condition, or 0."""
+
+    def __init__(self, dim_in, dim, dim_time, groups, eps):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, dim_in, eps), nn.Conv2d(dim_in, dim, 3, padding=1)
+        if dim_time:
+            self.time_emb_proj = nn.Linear(dim_time, dim)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, dim, eps), nn.Conv2d(dim, dim, 3, padding=1)
+        if dim_in != dim:
+            self.conv_shortcut = nn.Conv2d(dim_in, dim, 1)
+
+    def forward(self, x, condition=None):
+        y = self.conv1(F.silu(self.norm1(x)))                                            # (B, dim, H, W)
+        if condition is not None:
+            y = y + self.time_emb_proj(F.silu(condition))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + y
+
+
+class Resample(nn.Module):
+    """`conv` under its public name: stride 2 to halve a map, or, behind nearest-neighbour enlarging, to double it."""
+
+    def __init__(self, dim, stride, padding=1):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=stride, padding=padding)
+
+    def forward(self, x, size=None):
+        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
+
+
+def checkpointed(net, block, *args):
+    """block(*args); where net.checkpointing is set and gradients are on, its inside is computed again in backward."""
+    if net.checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+# -------------------------------------------------------------------------------------------------------------- MMDiT
+
+def sincos_table(dim, size, base):
+    """Fixed 2-D sine-cosine positions (size*size, dim), column part first, spaced base/size apart, in float64."""
+    place = torch.arange(size, dtype=torch.float64) * (base / size)
+    angle = place[:, None] * 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                  # (size, dim/2)
+    column, row = axis[None].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
+    return torch.cat([column, row], dim=-1).reshape(size * size, dim).float()
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and add the centre crop of a fixed position table."""
+
+    def __init__(self, channels, dim, patch, max_size, base):
+        super().__init__()
+        self.patch, self.max_size = patch, max_size
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.register_buffer("pos_embed", sincos_table(dim, max_size, base)[None])       # (1, max_size^2, D)
+
+    def forward(self, x):
+        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
+        if max(h, w) > self.max_size:
+            raise ValueError(f"{h} x {w} patches do not fit the position table of {self.max_size} x {self.max_size}")
+        top, left = (self.max_size - h) // 2, (self.max_size - w) // 2
+        table = self.pos_embed.view(self.max_size, self.max_size, -1)[top:top + h, left:left + w]
+        return self.proj(x).flatten(2).transpose(1, 2) + table.reshape(1, h * w, -1).to(x.dtype)     # (B, N, D)
 
 
 class MMDiTBlock(nn.Module):
@@ -308,8 +370,11 @@ class MMDiT(nn.Module):
     forward(x (B, C, H, W), t (B,) in [0, 1], context (B, L, D_text), pooled (B, P)) -> velocity (B, C, H, W).
     Source: Esser et al., arXiv:2403.03206; equal to diffusers' SD3Transformer2DModel, whose config this takes.
     """
-    public_names, file_name, prefix, ignore = ("SD3Transformer2DModel",), "diffusion_pytorch_model", "", ()
+    public_names, file_name = ("SD3Transformer2DModel",), "diffusion_pytorch_model"
     from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    rename, ignore, lora_prefix = str, (), "transformer."             # files have the network's own names
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",                # image stream, and the
+                    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")     # text: Flow-GRPO's
 
     def __init__(self, sample_size=128, patch_size=2, in_channels=16, num_layers=18, attention_head_dim=64,
                  num_attention_heads=18, joint_attention_dim=4096, caption_projection_dim=1152,
@@ -329,7 +394,7 @@ class MMDiT(nn.Module):
                            caption_projection_dim=caption_projection_dim, pooled_projection_dim=pooled_projection_dim,
                            out_channels=out_channels, pos_embed_max_size=pos_embed_max_size,
                            dual_attention_layers=list(dual_attention_layers), qk_norm=qk_norm)
-        self.patch, self.out_channels = patch_size, out_channels
+        self.patch, self.out_channels, self.checkpointing = patch_size, out_channels, False
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, dim),
                                               "text_embedder": Embedder(pooled_projection_dim, dim)})
@@ -347,7 +412,7 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context)                                         # (B, L, D)
         x = self.pos_embed(x)                                                            # (B, N, D)
         for block in self.transformer_blocks:
-            x, context = block(x, context, condition)
+            x, context = checkpointed(self, block, x, context, condition)
         scale, shift = self.norm_out(condition)
         x = self.proj_out(modulate(x, shift, scale))                                     # (B, N, p*p*C)
         x = x.view(-1, h, w, p, p, self.out_channels)                                    # channel last
@@ -365,6 +430,401 @@ class MMDiT(nn.Module):
         for linear in [module.linear for module in self.modules() if isinstance(module, Modulation)] + [self.proj_out]:
             nn.init.zeros_(linear.weight)
         return self
+
+
+# --------------------------------------------------------------------------------------------------------------- Flux
+
+class FluxBlock(nn.Module):
+    """A double block: image and text modulated apart, with weights of their own, attending together."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+        self.attn = Attention(dim, heads, "rms_norm", joint=True, context_out=True)
+        self.ff, self.ff_context = FeedForward(dim), FeedForward(dim)
+
+    def forward(self, x, context, condition, rope):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(condition)
+        shift_c, scale_c, gate_c, shift_mlp_c, scale_mlp_c, gate_mlp_c = self.norm1_context(condition)
+        y, y_c = self.attn(modulate(x, shift, scale), modulate(context, shift_c, scale_c), rope)
+        x, context = x + gate * y, context + gate_c * y_c
+        x = x + gate_mlp * self.ff(modulate(x, shift_mlp, scale_mlp))
+        return x, context + gate_mlp_c * self.ff_context(modulate(context, shift_mlp_c, scale_mlp_c))
+
+
+class FluxSingleBlock(nn.Module):
+    """A single block: one stream of image and text tokens, attention and feed-forward side by side."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm = heads, Modulation(dim, 3)
+        self.attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("to_q", "to_k", "to_v")})
+        self.attn.update({name: RMSNorm(dim // heads, eps=1e-6) for name in ("norm_q", "norm_k")})
+        self.proj_mlp, self.proj_out = nn.Linear(dim, 4 * dim), nn.Linear(5 * dim, dim)
+
+    def forward(self, x, condition, rope):
+        shift, scale, gate = self.norm(condition)
+        y = modulate(x, shift, scale)                                                    # (B, N + L, D)
+        q, k, v = (self.attn[name](y).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for name in ("to_q", "to_k", "to_v"))                                 # (B, heads, N + L, D/heads)
+        q, k = rotate(self.attn["norm_q"](q), rope), rotate(self.attn["norm_k"](k), rope)
+        both = [attend(q, k, v).transpose(1, 2).flatten(2), F.gelu(self.proj_mlp(y), approximate="tanh")]
+        return x + gate * self.proj_out(torch.cat(both, dim=2))
+
+
+class Flux(nn.Module):
+    """FLUX.1: double blocks as in SD3, then single blocks on the joined stream, with rotary positions.
+
+    forward(x (B, 16, H, W), t (B,) in [0, 1], context (B, L, D_text), pooled (B, P), guidance (B,) or None) -> velocity
+    (B, 16, H, W). guidance is the scale that the -dev checkpoint was distilled for, 3.5 say; -schnell takes None.
+    Source: Black Forest Labs' flux (2024); equal to diffusers' FluxTransformer2DModel, whose config this takes.
+    """
+    public_names, file_name = ("FluxTransformer2DModel",), "diffusion_pytorch_model"
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    rename, ignore, lora_prefix = str, (), "transformer."
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",        # image stream, and single blocks
+                    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",        # text stream
+                    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    patch = 2                                                         # packed outside of diffusers' class, inside ours
+
+    def __init__(self, patch_size=1, in_channels=64, out_channels=None, num_layers=19, num_single_layers=38,
+                 attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768,
+                 guidance_embeds=False, axes_dims_rope=(16, 56, 56), **_):
+        super().__init__()
+        if patch_size != 1 or out_channels not in (None, in_channels) or sum(axes_dims_rope) != attention_head_dim:
+            raise ValueError(f"patch_size={patch_size}, out_channels={out_channels}, axes_dims_rope={axes_dims_rope}: "
+                             f"only 1, in_channels and axes that fill a head of {attention_head_dim} are implemented")
+        dim = num_attention_heads * attention_head_dim
+        self.config = dict(_class_name="FluxTransformer2DModel", patch_size=patch_size, in_channels=in_channels,
+                           out_channels=out_channels, num_layers=num_layers, num_single_layers=num_single_layers,
+                           attention_head_dim=attention_head_dim, num_attention_heads=num_attention_heads,
+                           joint_attention_dim=joint_attention_dim, pooled_projection_dim=pooled_projection_dim,
+                           guidance_embeds=guidance_embeds, axes_dims_rope=list(axes_dims_rope))
+        self.axes, self.channels, self.checkpointing = axes_dims_rope, in_channels // 4, False
+        self.x_embedder, self.context_embedder = nn.Linear(in_channels, dim), nn.Linear(joint_attention_dim, dim)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, dim),
+                                              "text_embedder": Embedder(pooled_projection_dim, dim)})
+        if guidance_embeds:
+            self.time_text_embed["guidance_embedder"] = Embedder(256, dim)
+        self.transformer_blocks = nn.ModuleList(FluxBlock(dim, num_attention_heads) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleBlock(dim, num_attention_heads) for _ in range(num_single_layers))
+        self.norm_out, self.proj_out = Modulation(dim, 2), nn.Linear(dim, in_channels)
+
+    def angles(self, h, w, length, device):
+        """Rotary angles (h * w + length, d/2) float64: of (0, row, column) for image tokens, 0 for text tokens."""
+        grid = torch.zeros(h, w, 3, dtype=torch.float64, device=device)
+        grid[..., 1] = torch.arange(h, device=device)[:, None]
+        grid[..., 2] = torch.arange(w, device=device)
+        place = F.pad(grid.view(h * w, 3), (0, 0, 0, length))                            # (N + L, 3)
+        frequency = [10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64, device=device) / d) for d in self.axes]
+        return torch.cat([place[:, i:i + 1] * f for i, f in enumerate(frequency)], dim=1)
+
+    def forward(self, x, t, context, pooled, guidance=None):
+        embed = self.time_text_embed
+        if (guidance is not None) != ("guidance_embedder" in embed):
+            takes = "was distilled for a guidance scale: give one, (B,), usually 3.5"
+            raise ValueError(f"this FLUX checkpoint {takes if guidance is None else 'takes no guidance, as -schnell'}")
+        condition = embed["timestep_embedder"](sinusoid(t * 1000, 256).to(x.dtype)) + embed["text_embedder"](pooled)
+        if guidance is not None:
+            condition = condition + embed["guidance_embedder"](sinusoid(guidance * 1000, 256).to(x.dtype))
+        c, h, w = self.channels, x.shape[2] // 2, x.shape[3] // 2
+        x = x.view(-1, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, c * 4)      # channel first
+        x, context = self.x_embedder(x), self.context_embedder(context)                  # (B, N, D), (B, L, D)
+        n, rope = h * w, self.angles(h, w, context.shape[1], x.device)
+        for block in self.transformer_blocks:
+            x, context = checkpointed(self, block, x, context, condition, rope[:n])
+        x = torch.cat([x, context], dim=1)                                               # (B, N + L, D)
+        for block in self.single_transformer_blocks:
+            x = checkpointed(self, block, x, condition, rope)
+        scale, shift = self.norm_out(condition)
+        x = self.proj_out(modulate(x[:, :n], shift, scale))                              # (B, N, 4 C)
+        return x.view(-1, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h * 2, w * 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- UNet
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens to `context`, or to themselves."""
+
+    def __init__(self, dim, dim_context, heads):
+        super().__init__()
+        self.heads, self.to_q = heads, nn.Linear(dim, dim, bias=False)
+        self.to_k, self.to_v = (nn.Linear(dim_context, dim, bias=False) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                      # (B, heads, N or L, D/heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU: Linear to twice 4 D, one half times the exact GELU of the other, Linear."""
+
+    def __init__(self, dim):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, 8 * dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x):
+        value, gate = self.net[0].proj(x).chunk(2, dim=2)
+        return self.net[2](value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self attention, attention to the text, feed-forward, each behind a LayerNorm and with a residual."""
+
+    def __init__(self, dim, dim_context, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn1, self.attn2 = CrossAttention(dim, dim, heads), CrossAttention(dim, dim_context, heads)
+        self.ff = GatedFeedForward(dim)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block on the pixels of a map, between 1 x 1 convolutions."""
+
+    def __init__(self, dim, dim_context, heads, groups):
+        super().__init__()
+        self.norm, self.proj_in = nn.GroupNorm(groups, dim, 1e-6), nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, dim_context, heads)])
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, context):
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)                        # (B, H W, D)
+        y = self.transformer_blocks[0](y, context)
+        return x + self.proj_out(y.transpose(1, 2).view_as(x))
+
+
+class UNetStage(nn.Module):
+    """One resolution of the UNet: residual blocks, each with a transformer behind it where `dim_context` is given.
+
+    dims_in: the input widths of the residual blocks; resample: "downsamplers", "upsamplers" or None.
+    """
+
+    def __init__(self, dims_in, dim, dim_time, dim_context, heads, groups, eps, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(dim_in, dim, dim_time, groups, eps) for dim_in in dims_in)
+        if dim_context:
+            self.attentions = nn.ModuleList(SpatialTransformer(dim, dim_context, heads, groups) for _ in dims_in)
+        if resample:
+            self.add_module(resample, nn.ModuleList([Resample(dim, stride=2 if resample == "downsamplers" else 1)]))
+
+    def layer(self, i, x, condition, context):
+        """Residual block i and its transformer."""
+        x = self.resnets[i](x, condition)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class UNet(nn.Module):
+    """The UNet of Stable Diffusion 1.4 and 1.5.
+
+    forward(x (B, 4, H, W), n (B,) DDPM step 0..999, context (B, L, D_text)) -> eps (B, 4, H, W).
+    Source: Rombach et al., arXiv:2112.10752; equal to diffusers' UNet2DConditionModel, whose config this takes.
+    """
+    public_names, file_name = ("UNet2DConditionModel",), "diffusion_pytorch_model"
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    rename, ignore, lora_prefix = str, (), "unet."
+    lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",                      # self attention
+                    "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")                     # to the text
+    defaults = dict(sample_size=None, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+                    layers_per_block=2, cross_attention_dim=1280, attention_head_dim=8, norm_num_groups=32,
+                    norm_eps=1e-5, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+                    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    fixed = dict(center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1, act_fn="silu",
+                 mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, only_cross_attention=False,
+                 dual_cross_attention=False, use_linear_projection=False, class_embed_type=None, num_class_embeds=None,
+                 addition_embed_type=None, encoder_hid_dim=None, encoder_hid_dim_type=None, num_attention_heads=None,
+                 transformer_layers_per_block=1, resnet_time_scale_shift="default", resnet_skip_time_act=False,
+                 resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None,
+                 timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3, dropout=0.0,
+                 attention_type="default", cross_attention_norm=None, time_embedding_act_fn=None)
+
+    def __init__(self, **config):
+        super().__init__()
+        for name, value in self.fixed.items():                        # SD2, SDXL and others differ in these
+            if config.get(name, value) != value:
+                raise ValueError(f"{name}={config[name]!r} is not implemented: only {value!r}, Stable Diffusion 1's")
+        self.config = c = {"_class_name": "UNet2DConditionModel",
+                           **{name: config.get(name, value) for name, value in self.defaults.items()}}
+        widths, heads, text = c["block_out_channels"], c["attention_head_dim"], c["cross_attention_dim"]
+        if not all(isinstance(value, int) for value in (heads, text, c["layers_per_block"])):
+            raise ValueError(f"attention_head_dim={heads}, cross_attention_dim={text}, layers_per_block="
+                             f"{c['layers_per_block']}: only one number for all resolutions is implemented")
+        for name, kinds in (("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
+                            ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D"))):
+            if not set(c[name]) <= set(kinds) or len(c[name]) != len(widths):
+                raise ValueError(f"{name}={c[name]}: one of {kinds} for each of {len(widths)} resolutions")
+        time, layers, last = widths[0] * 4, c["layers_per_block"], len(widths) - 1
+        common = dict(heads=heads, groups=c["norm_num_groups"], eps=c["norm_eps"])
+        self.width, self.patch, self.checkpointing = widths[0], 2 ** last, False
+        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = Embedder(widths[0], time)
+        self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
+        for i, (dim, kind) in enumerate(zip(widths, c["down_block_types"])):
+            self.down_blocks.append(UNetStage([skips[-1]] + [dim] * (layers - 1), dim, time, text * (kind[0] == "C"),
+                                              resample="downsamplers" if i < last else None, **common))
+            skips += [dim] * (layers + (i < last))
+        self.mid_block = UNetStage([widths[-1]] * 2, widths[-1], time, 0, resample=None, **common)
+        self.mid_block.attentions = nn.ModuleList(
+            [SpatialTransformer(widths[-1], text, heads, c["norm_num_groups"])])
+        before = widths[-1]
+        for i, (dim, kind) in enumerate(zip(reversed(widths), c["up_block_types"])):
+            dims_in = [(before if j == 0 else dim) + skips.pop() for j in range(layers + 1)]
+            self.up_blocks.append(UNetStage(dims_in, dim, time, text * (kind[0] == "C"),
+                                            resample="upsamplers" if i < last else None, **common))
+            before = dim
+        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+
+    def forward(self, x, n, context):
+        condition = self.time_embedding(sinusoid(n, self.width).to(x.dtype))             # (B, 4 D)
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down_blocks:
+            for i in range(len(stage.resnets)):
+                x = checkpointed(self, stage.layer, i, x, condition, context)
+                skips.append(x)
+            if hasattr(stage, "downsamplers"):
+                x = stage.downsamplers[0](x)
+                skips.append(x)
+        mid = self.mid_block
+        x = mid.attentions[0](mid.resnets[0](x, condition), context)
+        x = mid.resnets[1](x, condition)
+        for stage in self.up_blocks:
+            for i in range(len(stage.resnets)):
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = checkpointed(self, stage.layer, i, x, condition, context)
+            if hasattr(stage, "upsamplers"):
+                x = stage.upsamplers[0](x, size=skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- VAE
+
+class PixelAttention(nn.Module):
+    """Self attention of a map's pixels, one head, with a residual."""
+
+    def __init__(self, dim, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, dim, 1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x):
+        y = self.group_norm(x).flatten(2).transpose(1, 2)                                # (B, H W, D)
+        y = attend(*(linear(y)[:, None] for linear in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        return x + self.to_out[0](y).transpose(1, 2).view_as(x)
+
+
+class VAEStage(nn.Module):
+    """One resolution of the autoencoder: residual blocks, then halving or doubling; with attention, its middle."""
+
+    def __init__(self, dims_in, dim, groups, resample=None, attention=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(dim_in, dim, 0, groups, 1e-6) for dim_in in dims_in)
+        if attention:
+            self.attentions = nn.ModuleList([PixelAttention(dim, groups)])
+        if resample == "downsamplers":
+            self.downsamplers = nn.ModuleList([Resample(dim, stride=2, padding=0)])
+        if resample == "upsamplers":
+            self.upsamplers = nn.ModuleList([Resample(dim, stride=1)])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for i, block in enumerate(self.resnets[1:]):
+            x = block(self.attentions[i](x) if hasattr(self, "attentions") else x)
+        if hasattr(self, "downsamplers"):
+            return self.downsamplers[0](F.pad(x, (0, 1, 0, 1)))                          # right and bottom only
+        if hasattr(self, "upsamplers"):
+            return self.upsamplers[0](x, size=(x.shape[2] * 2, x.shape[3] * 2))
+        return x
+
+
+class VAE(nn.Module):
+    """The autoencoder of SD1, SD3.5 and FLUX: images in [0, 1] to and from scaled latents, 8 times smaller.
+
+    encode(images (B, 3, H, W), generator=None) -> latents (B, C, H/8, W/8): a draw from the posterior, or without a
+    generator its mean. decode(latents) -> images, `slice_size` of them at once to save memory.
+    Source: Rombach et al., arXiv:2112.10752; equal to diffusers' AutoencoderKL, whose config this takes.
+    """
+    public_names, file_name, ignore = ("AutoencoderKL",), "diffusion_pytorch_model", ()
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}         # SD1's public files
+    slice_size = 8
+
+    def __init__(self, in_channels=3, out_channels=3, block_out_channels=(64,), layers_per_block=1, latent_channels=4,
+                 norm_num_groups=32, sample_size=32, scaling_factor=0.18215, shift_factor=None, use_quant_conv=True,
+                 use_post_quant_conv=True, act_fn="silu", mid_block_add_attention=True, latents_mean=None,
+                 latents_std=None, **_):
+        super().__init__()
+        if act_fn != "silu" or not mid_block_add_attention or latents_mean is not None or latents_std is not None:
+            raise ValueError(f"act_fn={act_fn!r}, mid_block_add_attention={mid_block_add_attention}, latents_mean="
+                             f"{latents_mean}, latents_std={latents_std}: only 'silu', True, None, None is implemented")
+        widths, layers, groups, count = block_out_channels, layers_per_block, norm_num_groups, len(block_out_channels)
+        self.config = dict(_class_name="AutoencoderKL", in_channels=in_channels, out_channels=out_channels,
+                           block_out_channels=list(widths), layers_per_block=layers, latent_channels=latent_channels,
+                           norm_num_groups=groups, sample_size=sample_size, scaling_factor=scaling_factor,
+                           shift_factor=shift_factor, use_quant_conv=use_quant_conv,
+                           use_post_quant_conv=use_post_quant_conv,
+                           down_block_types=["DownEncoderBlock2D"] * count, up_block_types=["UpDecoderBlock2D"] * count)
+        self.scale, self.shift, self.factor = scaling_factor, shift_factor or 0.0, 2 ** (count - 1)
+        down, up = ["downsamplers"] * (count - 1) + [None], ["upsamplers"] * (count - 1) + [None]
+        encoder, decoder = self.encoder, self.decoder = nn.Module(), nn.Module()
+        encoder.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        encoder.down_blocks = nn.ModuleList(
+            VAEStage([before] + [dim] * (layers - 1), dim, groups, resample)
+            for before, dim, resample in zip((widths[0], *widths), widths, down))
+        decoder.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        decoder.up_blocks = nn.ModuleList(                            # in running order: the smallest map first
+            VAEStage([before] + [dim] * layers, dim, groups, resample)
+            for before, dim, resample in zip((widths[-1], *widths[::-1]), widths[::-1], up))
+        for part, last, channels in ((encoder, widths[-1], 2 * latent_channels), (decoder, widths[0], out_channels)):
+            part.mid_block = VAEStage([widths[-1]] * 2, widths[-1], groups, attention=True)
+            part.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
+            part.conv_out = nn.Conv2d(last, channels, 3, padding=1)
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    @classmethod
+    def rename(cls, key):
+        stem, _, end = key.rpartition(".")
+        stem, _, layer = stem.rpartition(".")
+        return f"{stem}.{cls.old_names.get(layer, layer)}.{end}"
+
+    def encode(self, images, generator=None):
+        part, outputs = self.encoder, []
+        for x in (images * 2 - 1).to(part.conv_in.weight.dtype).split(self.slice_size):
+            x = part.conv_in(x)
+            for stage in part.down_blocks:
+                x = stage(x)
+            x = part.conv_out(F.silu(part.conv_norm_out(part.mid_block(x))))             # (b, 2 C, H/8, W/8)
+            outputs.append(self.quant_conv(x) if hasattr(self, "quant_conv") else x)
+        mean, logvar = torch.cat(outputs).chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
+            mean = mean + (logvar.clamp(-30, 20) / 2).exp() * noise.to(mean.device)
+        return (mean - self.shift) * self.scale
+
+    def decode(self, latents):
+        part, outputs = self.decoder, []
+        for x in (latents / self.scale + self.shift).to(part.conv_in.weight.dtype).split(self.slice_size):
+            x = part.conv_in(self.post_quant_conv(x) if hasattr(self, "post_quant_conv") else x)
+            x = part.mid_block(x)
+            for stage in part.up_blocks:
+                x = stage(x)
+            outputs.append(part.conv_out(F.silu(part.conv_norm_out(x))))                 # (b, 3, H, W) in [-1, 1]
+        return (torch.cat(outputs) / 2 + 0.5).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- CLIPText
@@ -399,8 +859,8 @@ class CLIPText(nn.Module):
     Source: Radford et al., arXiv:2103.00020; equal to transformers' CLIPTextModel and CLIPTextModelWithProjection.
     """
     public_names, file_name = ("CLIPTextModelWithProjection", "CLIPTextModel"), "model"
-    prefix, ignore = "text_model.", ("position_ids",)   # transformers 5 leaves the one out, old files have the other
     from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    ignore = ("position_ids",)                                        # in old files
 
     def __init__(self, vocab_size=49408, hidden_size=512, intermediate_size=2048, projection_dim=512,
                  num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
@@ -425,6 +885,10 @@ class CLIPText(nn.Module):
         if "CLIPTextModelWithProjection" in architectures:
             self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False)
 
+    @staticmethod
+    def rename(key):
+        return "text_model." + key                                    # transformers 5 leaves it out
+
     def forward(self, ids):
         body = self.text_model
         embeddings = body.embeddings
@@ -445,6 +909,86 @@ class CLIPText(nn.Module):
                 nn.init.zeros_(module.bias)
         return self
 
+
+# ---------------------------------------------------------------------------------------------------------- T5Encoder
+
+class T5Layer(nn.Module):
+    """A pre-norm T5 layer: attention with a position bias and without 1/sqrt(d), then a gated feed-forward."""
+
+    def __init__(self, dim, inner, heads, mlp, eps, buckets):
+        super().__init__()
+        attention, mixer, norm = nn.Module(), nn.Module(), "layer_norm"
+        self.heads = heads
+        attention.q, attention.k, attention.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        attention.o = nn.Linear(inner, dim, bias=False)
+        if buckets:
+            attention.relative_attention_bias = nn.Embedding(buckets, heads)
+        mixer.wi_0, mixer.wi_1 = (nn.Linear(dim, mlp, bias=False) for _ in range(2))
+        mixer.wo = nn.Linear(mlp, dim, bias=False)
+        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": attention, norm: RMSNorm(dim, eps=eps)}),
+                                    nn.ModuleDict({"DenseReluDense": mixer, norm: RMSNorm(dim, eps=eps)})])
+
+    def forward(self, x, bias):
+        first, second = self.layer
+        attention, y = first["SelfAttention"], first["layer_norm"](x)
+        q, k, v = (linear(y).unflatten(2, (self.heads, -1)).transpose(1, 2)              # (B, heads, L, inner/heads)
+                   for linear in (attention.q, attention.k, attention.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        x = x + attention.o(y.transpose(1, 2).flatten(2))
+        mixer, y = second["DenseReluDense"], second["layer_norm"](x)
+        return x + mixer.wo(F.gelu(mixer.wi_0(y), approximate="tanh") * mixer.wi_1(y))
+
+
+class T5Encoder(nn.Module):
+    """The encoder of T5 v1.1, as SD3 and FLUX use it (XXL).
+
+    forward(ids (B, L)) -> hidden (B, L, D). No mask: padding is attended, as in those pipelines. bfloat16 or float32;
+    float16 overflows. Source: Raffel et al., arXiv:1910.10683; equal to transformers' T5EncoderModel.
+    """
+    public_names, file_name, ignore = ("T5EncoderModel",), "model", ()
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+
+    def __init__(self, vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8,
+                 relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+                 feed_forward_proj="relu", **_):
+        super().__init__()                                            # the defaults are transformers'
+        if feed_forward_proj != "gated-gelu":
+            raise ValueError(f"feed_forward_proj={feed_forward_proj!r} is not implemented: only T5 v1.1's 'gated-gelu'")
+        self.config = dict(architectures=["T5EncoderModel"], model_type="t5", vocab_size=vocab_size, d_model=d_model,
+                           d_kv=d_kv, d_ff=d_ff, num_layers=num_layers, num_heads=num_heads,
+                           relative_attention_num_buckets=relative_attention_num_buckets,
+                           relative_attention_max_distance=relative_attention_max_distance,
+                           layer_norm_epsilon=layer_norm_epsilon, feed_forward_proj=feed_forward_proj)
+        self.buckets, self.distance = relative_attention_num_buckets, relative_attention_max_distance
+        self.shared, self.encoder = nn.Embedding(vocab_size, d_model), nn.Module()
+        self.encoder.block = nn.ModuleList(
+            T5Layer(d_model, d_kv * num_heads, num_heads, d_ff, layer_norm_epsilon, self.buckets if i == 0 else 0)
+            for i in range(num_layers))
+        self.encoder.final_layer_norm = RMSNorm(d_model, eps=layer_norm_epsilon)
+
+    @staticmethod
+    def rename(key):
+        return "shared.weight" if key == "encoder.embed_tokens.weight" else key          # one tensor under two names
+
+    def bucket(self, length, device):
+        """The bucket of every pair (query, key), (L, L): exact up to a quarter of them, then by the logarithm."""
+        half = self.buckets // 2                                                         # before and after
+        place = torch.arange(length, device=device)
+        away = place[None, :] - place[:, None]                                           # (L, L), key - query
+        far, exact = away.abs(), half // 2
+        log = (far.float().clamp(min=1) / exact).log() / math.log(self.distance / exact) * (half - exact)
+        return (away > 0) * half + torch.where(far < exact, far, (exact + log.long()).clamp(max=half - 1))
+
+    def forward(self, ids):
+        table = self.encoder.block[0].layer[0]["SelfAttention"].relative_attention_bias
+        bias = table(self.bucket(ids.shape[1], ids.device)).permute(2, 0, 1)[None]       # (1, heads, L, L), for all
+        x = self.shared(ids)                                                             # (B, L, D)
+        for layer in self.encoder.block:
+            x = layer(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
 
 class CLIPTokenizer:
     """CLIP's byte-pair tokenizer from vocab.json and merges.txt: a list of strings -> ids (B, length) int64.
@@ -587,10 +1131,6 @@ def schedule(steps, shift=1.0, kind="linear"):
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
-
-LORA_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",            # image stream: Flow-GRPO's choice
-                "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")               # text stream
-
 
 class LoRALinear(nn.Linear):
     """y = W x + b + alpha / rank * B A x (Hu et al., arXiv:2106.09685).

@@ -542,14 +542,14 @@ def test_lora(module, flags, random_model):
                              torch.randn(2, 32))
     net = models.load("", random_model).net
     base = net(x, t, context, pooled)
-    params = models.add_lora(net, 4, 8.0, models.LORA_TARGETS)
+    params = models.add_lora(net, 4, 8.0, models.MMDiT.lora_targets)
     assert torch.equal(net(x, t, context, pooled), base)
     for p, value in zip(params, state["ema"], strict=True):            # what was evaluated
         p.data.copy_(value)
     trained = net(x, t, context, pooled)
     assert (trained - base).abs().max() > 1e-3
     other = models.load("", random_model).net                          # what was written
-    models.add_lora(other, 4, 8.0, models.LORA_TARGETS)
+    models.add_lora(other, 4, 8.0, models.MMDiT.lora_targets)
     models.load_lora(other, "out/lora.safetensors")
     torch.testing.assert_close(other(x, t, context, pooled), trained, rtol=1e-5, atol=1e-6)
 

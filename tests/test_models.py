@@ -582,7 +582,7 @@ def lora_pair(directory, alpha=ALPHA):
     """Our network and diffusers', the same weights; ours with a LoRA whose A and B are random."""
     theirs = saved_mmdit(directory)
     ours = MMDiT.from_pretrained(directory)
-    models.add_lora(ours, RANK, alpha, models.LORA_TARGETS)
+    models.add_lora(ours, RANK, alpha, models.MMDiT.lora_targets)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in models.trainable(ours):
@@ -592,7 +592,7 @@ def lora_pair(directory, alpha=ALPHA):
 
 def inject(theirs, ours=None, alpha=ALPHA, **options):
     """peft's LoRA in diffusers' network, its values ours or random."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(models.LORA_TARGETS), **options)
+    config = peft.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(models.MMDiT.lora_targets), **options)
     peft.inject_adapter_in_model(config, theirs)
     theirs.peft_config, theirs._hf_peft_config_loaded = {"default": config}, True
     values, generator = dict(ours.named_parameters()) if ours else {}, torch.Generator().manual_seed(8)
@@ -608,7 +608,7 @@ def test_add_lora_starts_at_the_network_and_trains_the_lora_alone(tmp_path):
     saved_mmdit(tmp_path)
     net, inputs = MMDiT.from_pretrained(tmp_path), mmdit_inputs(SD35M)
     before, names = net(*inputs), set(net.state_dict())
-    params = models.add_lora(net.requires_grad_(True), RANK, ALPHA, models.LORA_TARGETS)
+    params = models.add_lora(net.requires_grad_(True), RANK, ALPHA, models.MMDiT.lora_targets)
     assert torch.equal(net(*inputs), before) and names < set(net.state_dict())
     assert {name.rsplit(".", 1)[1] for name, p in net.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert [id(p) for p in params] == [id(p) for p in models.trainable(net)]
@@ -666,7 +666,7 @@ def test_lora_forward_and_gradients_are_those_of_peft(alpha, tmp_path):
 def test_lora_trains_in_at_least_float32(dtype, tmp_path):
     saved_mmdit(tmp_path)
     net = MMDiT.from_pretrained(tmp_path, dtype)
-    params = models.add_lora(net, RANK, ALPHA, models.LORA_TARGETS)
+    params = models.add_lora(net, RANK, ALPHA, models.MMDiT.lora_targets)
     out = net(*mmdit_inputs(SD35M, dtype=dtype))
     out.float().square().mean().backward()
     assert out.dtype == dtype
@@ -723,7 +723,7 @@ def test_a_lora_file_without_alpha_has_scale_one(tmp_path):
 
 def test_load_lora_reads_what_peft_wrote(tmp_path):
     ours, theirs = lora_pair(tmp_path)
-    config = peft.LoraConfig(r=RANK, lora_alpha=10.0, target_modules=list(models.LORA_TARGETS))
+    config = peft.LoraConfig(r=RANK, lora_alpha=10.0, target_modules=list(models.MMDiT.lora_targets))
     theirs = peft.get_peft_model(theirs, config)
     with torch.no_grad():
         for p in models.trainable(theirs):
@@ -741,7 +741,7 @@ def test_save_lora_and_load_lora_are_inverse(tmp_path):
     ours, _ = lora_pair(tmp_path)
     models.save_lora(ours, tmp_path / "lora.safetensors")
     again = MMDiT.from_pretrained(tmp_path)
-    params = models.add_lora(again, RANK, ALPHA, models.LORA_TARGETS)
+    params = models.add_lora(again, RANK, ALPHA, models.MMDiT.lora_targets)
     models.load_lora(again, tmp_path / "lora.safetensors")
     for p, q in zip(params, models.trainable(ours), strict=True):
         torch.testing.assert_close(p, q, rtol=3e-7, atol=0)             # B is multiplied by 1.5 and divided again
@@ -787,13 +787,13 @@ def test_a_lora_of_another_kind_is_refused(option, tmp_path):
 def test_add_lora_errors(tmp_path):
     net = MMDiT(**SD35M)
     with pytest.raises(ValueError, match="rank=0"):
-        models.add_lora(net, 0, 1.0, models.LORA_TARGETS)
+        models.add_lora(net, 0, 1.0, models.MMDiT.lora_targets)
     with pytest.raises(ValueError, match="attn.to_x"):
         models.add_lora(net, 4, 1.0, ("attn.to_q", "attn.to_x"))
     assert not models.lora_layers(net) and all(p.requires_grad for p in net.parameters())
-    models.add_lora(net, 4, 1.0, models.LORA_TARGETS)
+    models.add_lora(net, 4, 1.0, models.MMDiT.lora_targets)
     with pytest.raises(ValueError, match="a LoRA already"):
-        models.add_lora(net, 4, 1.0, models.LORA_TARGETS)
+        models.add_lora(net, 4, 1.0, models.MMDiT.lora_targets)
     with pytest.raises(ValueError, match="save_lora"):
         net.save_pretrained(tmp_path / "net")
     assert not (tmp_path / "net").exists()
