@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -425,9 +426,11 @@ def uniform(n, *key):
 def cli(config, presets, argv=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
-    presets: {name: {field: value}}; --preset's values stand under the flags that are given. Returns the dataclass,
-    whose __post_init__ may raise ValueError.
+    presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
+    that are given, --gpu-memory's between them. No --preset is "official" for a public model's name, else "tiny".
+    Returns the dataclass, whose __post_init__ may raise ValueError.
     """
+    import models
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(config).__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -443,10 +446,22 @@ def cli(config, presets, argv=None):
         raise ValueError(f"{message} (--help lists all flags)")
     parser.error = refuse
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", config.preset)
+    preset = given.get("preset") or ("official" if given.get("model") in models.SOURCES else "tiny")
     if preset not in presets:
         raise ValueError(f"unknown --preset {preset!r}: {', '.join(presets)}")
-    return config(**{**presets[preset], **given, "preset": preset})
+    values = presets[preset]
+    model = given.get("model") or (config.model if preset == "tiny" else "sd35m")
+    family = models.family(model, given.get("weights", ""))
+    if preset != "tiny":
+        if family not in values:
+            raise ValueError(f"--preset {preset} has no numbers for --model {model}, only for {', '.join(values)}, "
+                             f"known by a directory's model_index.json; without --preset, tiny's numbers hold")
+        values = values[family]
+    values = {**values, **given, "model": model, "preset": preset}
+    if values.get("gpu_memory"):
+        plan = models.memory_plan(family, values["gpu_memory"], values.get("lora_rank", config.lora_rank))
+        values = {**values, **plan, **given}
+    return config(**values)
 
 
 def choose(name, value, options):
@@ -466,17 +481,51 @@ def check_common(cfg):
                          f"{max(1, -(-cfg.groups // world)) * world}.")
     least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
     least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
-    least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level")}
+    least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level", "shift",
+                                   "text_length")}
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
-    for name in ("lr", "minutes", "shift", "max_grad_norm", "adv_clip"):
+    for name in ("lr", "minutes", "max_grad_norm", "adv_clip"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: more than 0")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
+    choose("init", cfg.init, ("", "random"))
+    if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
+        raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
+    if cfg.merge_lora and cfg.compile:
+        raise ValueError("--merge-lora changes the layers that --compile has compiled: choose one of them")
+
+
+def load_policy(cfg, run):
+    """The pipeline of a run and its trained parameters: a LoRA's, or all of the network's in float32.
+
+    All weights train in float32 under a network that computes in cfg.dtype: by autocast, or by FSDP2's own casts.
+    """
+    import models
+    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device, cfg.init or None,
+                       cfg.text_length or None)
+    net, dtype = pipe.net, models.DTYPES[cfg.dtype]
+    pipe.guidance, pipe.offload, net.checkpointing = cfg.guidance, cfg.offload, cfg.checkpointing
+    if cfg.offload and pipe.vae:
+        pipe.vae.to("cpu")
+    if cfg.lora_rank:
+        params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, net.lora_targets)
+    else:
+        if cfg.fsdp:
+            models.shard(net, dtype)
+        elif dtype == torch.bfloat16:
+            net.float()
+            net.forward = torch.autocast(run.device.type, dtype)(net.forward)
+        params = models.trainable(net.requires_grad_(True))
+    if cfg.compile:
+        for block in net.modules():
+            if isinstance(block, net.blocks):
+                block.compile()
+    return pipe, params
 
 
 @contextlib.contextmanager
@@ -621,18 +670,21 @@ class Run:
         A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
         said and counted.
         """
+        import models
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
-        if self.world > 1:
+        sharded = models.is_sharded(params)                           # FSDP2 has summed them already
+        if self.world > 1 and not sharded:
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
             grads = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(models.local(grads))))
+        norm = (self.sum(norm.square()).sqrt() if sharded else norm).item()
         limit = skip_above * statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
         if not math.isfinite(norm) or norm > limit:
             self.count["skipped"] += 1
             self.say(f"update {self.count['updates']} skipped: gradient norm {norm:.3g}, limit {limit:.3g}")
         else:
-            torch._foreach_mul_(grads, min(1.0, max_norm / (norm + 1e-6)))
+            torch._foreach_mul_(models.local(grads), min(1.0, max_norm / (norm + 1e-6)))
             for p, g in zip(params, grads):
                 p.grad = g
             opt.step()
@@ -652,13 +704,50 @@ class Run:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def save(self, state):
-        """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters."""
+    def save(self, params, ema, opt, before):
+        """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
+
+        Sharded weights go by torch.distributed.checkpoint into last/shards-STEP, which state.pt names when it is whole;
+        any number of processes can read them again.
+        """
+        import models
+        big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
+        name = f"shards-{self.count['step']}" if models.is_sharded(params) else ""
+        if name:
+            import torch.distributed.checkpoint as dcp
+            dcp.save(big, checkpoint_id=self.out / "last" / name)
+            big = {"shards": name}
         if self.rank == 0:
             buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size
-            torch.save({**state, "count": self.count, "norms": self.norms, "written": written}, buffer)
+            torch.save({**big, "before": before, "count": self.count, "norms": self.norms, "written": written}, buffer)
             write_atomic(self.out / "last" / "state.pt", buffer.getvalue())
+            for old in (self.out / "last").glob("shards-*"):
+                if old.name != name:
+                    shutil.rmtree(old)
+
+    def restore(self, params, ema, opt):
+        """Put the last checkpoint back in place. Returns what it knew of the evaluation before, {} if there is none."""
+        if not self.state:
+            return {}
+        state = self.state
+        if "shards" in state:
+            import torch.distributed.checkpoint as dcp
+            opt.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                         for p in params}
+            big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
+            dcp.load(big, checkpoint_id=self.out / "last" / state["shards"])
+            state = {**state, **big}
+        restore(params, state["params"])
+        restore(ema or [], state["ema"])
+        opt.load_state_dict(state["opt"])
+        return state["before"]
+
+    def prepare(self, pipe, rows):
+        """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts."""
+        pipe.prepare(["", *(row["prompt"] for row in rows)], self.cfg.text_cache, self.rank, self.world)
+        if self.world > 1:
+            dist.barrier()
 
 
 def write_atomic(path, content):
@@ -779,17 +868,18 @@ def finish(run, pipe, params, start, trained, before, rows, score, evaluate, sam
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
     shown = [p for prompts in by_tag.values() for p in list(dict.fromkeys(prompts))[:max(2, 12 // len(by_tag))]][:12]
-    if run.rank == 0:
+    if run.rank == 0 or cfg.fsdp:                                     # shards: every process takes part
         grids = []
         for weights in (start, trained):
             with models.using(params, weights):
                 grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval))
-        picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
+        if run.rank == 0:
+            picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
         with models.using(params, trained):
             if cfg.lora_rank:
                 models.save_lora(pipe.net, run.out / "lora.safetensors")
             else:
-                pipe.net.save_pretrained(run.out / "transformer")
+                pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     run.log({**{key: value for key, value in row.items()}, "tags": tags})
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"

@@ -35,10 +35,11 @@ from csrc import ops
 
 @dataclass
 class Config:
-    model: str = "tiny"                 # tiny, or a directory in the diffusers layout
-    weights: str = ""                   # the model's directory, where it is not the name's own
+    model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
+    weights: str = ""                   # its directory or original single file, where it is not weights/<model>
+    init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
-    preset: str = "tiny"                # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
+    preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
@@ -49,10 +50,10 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
-    solver: str = "euler"               # of the ODE: euler, or dpm, DPM-Solver++(2M)              [released code: dpm]
+    solver: str = ""                    # of the ODE: euler, dpm (DPM-Solver++(2M)), ddim; empty: euler, SD1's ddim
     sde: bool = False                   # rollouts by Flow-GRPO's SDE instead: the paper's ablation
-    schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
-    shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
+    schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
+    shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
     beta: float = 100.0                 # Eq. (4)                                                  [released code]
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
@@ -80,8 +81,17 @@ class Config:
     lr: float = 2e-4                    # AdamW, constant                                          [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
-    micro_batch: int = 96               # images at once, rounded to whole groups
-    dtype: str = "float32"              # of the network: float32, bfloat16; float64 for tests
+    micro_batch: int = 96               # images at once; rollouts take whole groups
+    gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
+    checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
+    offload: bool = False               # the VAE waits on the CPU while the network works
+    compile: bool = False               # torch.compile of the network's blocks
+    merge_lora: bool = False            # the LoRA is added into the weights where nothing is trained; rounds in bf16
+    fsdp: bool = False                  # FSDP2: weights and optimizer in shards (full fine-tuning, torchrun)
+    text_length: int = 0                # T5's tokens; 0: SD3 128 (released code), FLUX.1-dev 512, -schnell 256
+    text_cache: str = ""                # folder of the encoded prompts; empty: weights/text, nothing for small encoders
+    guidance: float = 3.5               # the scale that FLUX.1-dev was distilled for; not the cfg_* scales
+    dtype: str = "float32"              # the network computes in float32, bfloat16; float64 for tests
     eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
     eval_images: int = 600              # test images, before and after
     val_images: int = 240               # validation images, on the way
@@ -93,9 +103,10 @@ class Config:
 
     def __post_init__(self):
         data.check_common(self)
-        for name, options in dict(method=("dgpo", "diffusion-dpo"), solver=("euler", "dpm"), dsm=("v", "x0", "elbo"),
+        for name, options in dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
                                   clip_old=("rollout", "ema"), ref=("start", "ema", "old"),
-                                  schedule=("linear", "sd3", "dpm"), adv_std=("group", "batch", "none"),
+                                  schedule=("", "linear", "sd3", "dpm", "ddim"),
+                                  solver=("", "euler", "dpm", "ddim"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
             data.choose(name, getattr(self, name), options)
         if not 0 <= self.t_min < 1:
@@ -108,16 +119,20 @@ class Config:
                              f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
-SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512,
-             dtype="bfloat16", solver="dpm", schedule="dpm", shift=3.0, lora_rank=64, lr=3e-4, updates=1, timesteps=4,
-             eval_steps=14, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24)
-PRESETS = {
+RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16", lr=3e-4,
+                updates=1, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True, kl_beta=0.02,
+                ref="start", timesteps=4)                             # of all three models
+OFFICIAL = dict(group_size=16, groups=8, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
+                rollout="ema", rollout_after=200)
+PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)
+MODEL = {                                                             # sd3 as released; flux, sd14: no run is published
+    "sd3": dict(solver="dpm", schedule="dpm", shift=3.0, eval_steps=14, lora_rank=64, cfg_rollout=4.5, cfg_eval=4.5),
+    "flux": dict(eval_steps=28, lora_rank=64, guidance=3.5),
+    "sd14": dict(sample_steps=20, eval_steps=50, lora_rank=64, cfg_rollout=5.0, cfg_eval=5.0)}
+PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
-    "paper": {**SD35M, "group_size": 24, "groups": 32, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.6, "ema": 0.0,
-              "ref": "start", "kl_beta": 0.0},
-    "official": {**SD35M, "group_size": 16, "groups": 8, "cfg_rollout": 4.5, "cfg_eval": 4.5, "t_min": 0.8,
-                 "grid": True, "clip_range": 1e-2, "clip_old": "ema", "kl_beta": 0.02, "ref": "start", "ema": 0.3,
-                 "ema_ramp": 1e-3, "rollout": "ema", "rollout_after": 200}}
+    "paper": {family: {**RELEASED, **PAPER, **values} for family, values in MODEL.items()},
+    "official": {family: {**RELEASED, **OFFICIAL, **values} for family, values in MODEL.items()}}
 
 
 # =============================================================================================================== math
@@ -134,13 +149,29 @@ def group_advantage(reward, group_size, std="group"):
 # == end ==
 
 
-def dsm_loss(v, x_0, eps, t, weight="v"):
+def noised(x_0, eps, t, ddpm=False):
+    """x_t, between image and noise: (1 - t) x_0 + t eps; of a DDPM step t = n, sqrt(a_n) x_0 + sqrt(1 - a_n) eps.
+
+    x_0, eps: (B, C, H, W); t: (B,), flow times, or with ddpm integer steps, a being models.ALPHA_BAR.
+    """
+    t = t[:, None, None, None]
+    if not ddpm:
+        return torch.lerp(x_0, eps, t)
+    a = t.new_tensor(models.ALPHA_BAR)[t.long()]                       # (B, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def dsm_loss(v, x_0, eps, t, weight="v", ddpm=False):
     """The denoising loss of Eq. (3), mean over dimensions: lambda_t |x_0hat - x_0|^2, where x_0hat = x_t - t v.
 
     v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
     "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
     slope of the signal-to-noise ratio (1 - t)^2/t^2, as the likelihood bound asks. Returns (B,). Source: DGPO, Eq. 22.
+    ddpm: v is the predicted noise, t a DDPM step; weight "v" is then the noise's own error, as Diffusion-DPO's.
     """
+    if ddpm:
+        error, a = (eps - v).square().flatten(1).mean(1), t.new_tensor(models.ALPHA_BAR)[t.long()]
+        return {"v": 1.0, "x0": (1 - a) / a}[weight] * error           # |x_0hat - x_0|^2 = (1 - a)/a |eps_hat - eps|^2
     error = (eps - x_0 - v).square().flatten(1).mean(1)                # t^-2 |x_0hat - x_0|^2  (B,)
     return {"v": 1.0, "x0": t ** 2, "elbo": (1 - t) / t}[weight] * error
 
@@ -153,6 +184,16 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     """
     z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)
     return -F.logsigmoid(-z).mean()
+
+
+def dgpo_slope(dsm, dsm_ref, adv, group_size, beta):
+    """sigmoid(z_g) of Eq. (4) for each image, (B,): what lets a group be trained in parts.
+
+    dL/dl_i = beta / (P G) sigmoid(z_g) A_i, so that with this factor, held fixed, mean_i sigmoid(z_g) A_i l_i has the
+    gradient of L / beta. Arguments as in dgpo_loss.
+    """
+    z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)
+    return z.sigmoid().repeat_interleave(group_size)
 
 
 def clip_dsm(dsm, dsm_old, adv, clip_range):
@@ -179,14 +220,14 @@ def best_and_worst(adv, group_size):
 
 # == same: sampler (dgpo grpo slas) ==
 def guided(net, x, t, ctx, null, scale):
-    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two at once.
+    """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
-    x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
-    float64 for a float64 network.
+    x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
+    for "". Returns the velocity or noise in float32, or float64 for a float64 network.
     """
     dtype = next(net.parameters()).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    t = torch.full((len(x),), t, device=x.device, dtype=wide) if isinstance(t, float) else t
+    t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
     if scale == 1:
         return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
     both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
@@ -247,16 +288,37 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     return x_next, logp.flatten(1).mean(1), mean, std
 
 
+def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
+    """One DDIM step of a DDPM network that predicts noise, and its log-density. Arguments and results as in sde_step.
+
+    eps_hat, x_n, eps, x_next: (B, C, H, W) float32; alpha_bar <= alpha_bar_next: a and a', floats in (0, 1]; eta: 0 is
+    deterministic, 1 DDPM's own noise.  std = eta sqrt((1 - a') / (1 - a) (1 - a/a')),
+    mean = sqrt(a') x_0hat + sqrt(1 - a' - std^2) eps_hat.                 Song et al., arXiv:2010.02502, Eqs. 12, 16
+    """
+    a, a_next = alpha_bar, alpha_bar_next
+    x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
+    std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
 @torch.no_grad()
 def ode(net, x, ts, ctx, null, scale, solver="euler"):
     """Follow the probability-flow ODE from noise x (B, C, H, W) along the times ts. Returns x_0 (B, C, H, W).
 
-    solver: euler, or dpm, DPM-Solver++(2M).
+    solver: euler, dpm, DPM-Solver++(2M), or ddim, where ts are DDPM steps.
     """
     last, t_last = None, None
     for t, t_next in zip(ts, ts[1:]):
         v = guided(net, x, t, ctx, null, scale)
-        if solver == "euler":
+        if solver == "ddim":
+            x, *_ = ddim_step(v, x, models.ALPHA_BAR[t], models.ALPHA_BAR[t_next], eta=0.0)
+        elif solver == "euler":
             x = euler_step(v, x, t, t_next)
         else:
             x_0hat = x - t * v
@@ -266,12 +328,13 @@ def ode(net, x, ts, ctx, null, scale, solver="euler"):
 
 def sample(pipe, prompts, keys, cfg, scale):
     """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
-    ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
-    device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
-    for i in range(0, len(prompts), cfg.micro_batch):
-        ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
-        x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
-        images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, cfg.solver)))
+    ts, images = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
+    shape, null, wide = pipe.latent_shape(cfg.resolution), pipe.encode_text([""]), data.wide(cfg.dtype)
+    with models.merged(pipe.net, cfg.merge_lora):
+        for i in range(0, len(prompts), cfg.micro_batch):
+            ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
+            x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
+            images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
 
 
@@ -281,8 +344,8 @@ def evaluate(pipe, rows, score, cfg, run, scale):
     Returns the mean and {tag: mean} over GenEval's tags.
     """
     own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
-    for k in range(0, len(own), cfg.micro_batch):
-        some = own[k:k + cfg.micro_batch]
+    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
+        some = own[k:k + cfg.micro_batch] or own[:1]
         prompts = [rows[i]["prompt"] for i in some]
         images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
         total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
@@ -298,7 +361,7 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
 
     group: the global number of the first group.
     """
-    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)
+    ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
     count = len(prompts) // cfg.group_size
 
@@ -306,32 +369,39 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
         return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
                           for g in range(count)])
     x = draw("start")
-    if not cfg.sde:
-        return ode(pipe.net, x, ts, ctx, null, cfg.cfg_rollout, cfg.solver)
-    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
-        v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
-        x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
-    return x
+    with models.merged(pipe.net, cfg.merge_lora):
+        if not cfg.sde:
+            return ode(pipe.net, x, ts, ctx, null, cfg.cfg_rollout, pipe.solver(cfg.solver))
+        for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+            v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
+            if pipe.ddpm:
+                a, a_next = models.ALPHA_BAR[t], models.ALPHA_BAR[t_next]
+                x, *_ = ddim_step(v, x, a, a_next, cfg.noise_level, draw(f"sde {i}"))
+            else:
+                x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
+        return x
 
 
 # ============================================================================================================== train
 
-def draw_time(cfg, times, seed, step, group, update, draw):
-    """The t of one group's draw: uniform on [t_min, 1], or one of `times`, each once before any comes again."""
+def draw_time(cfg, times, ddpm, seed, step, group, update, draw):
+    """The t of one group's draw: uniform on [t_min, 1], or one of `times`, each once before any comes again.
+
+    ddpm: a step instead, uniform on 1000 t_min .. 999.
+    """
     if cfg.grid:
         order = data.uniform(len(times), seed, step, group, update, "t")
         return times[sorted(range(len(times)), key=order.__getitem__)[draw % len(times)]]
-    return 1 - data.uniform(1, seed, step, group, update, draw, "t")[0] * (1 - cfg.t_min)
+    t = 1 - data.uniform(1, seed, step, group, update, draw, "t")[0] * (1 - cfg.t_min)
+    return min(int(t * 1000), 999) if ddpm else t
 
 
 def train(cfg):
     run = data.Run(cfg, "dgpo")
     ops.use(cfg.fused)
     torch.manual_seed(cfg.seed)
-    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device)
+    pipe, params = data.load_policy(cfg, run)
     net = pipe.net
-    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, net.lora_targets) if cfg.lora_rank else \
-        models.trainable(net.requires_grad_(True))
     start = [p.detach().clone() for p in params]                       # the model before RL
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
@@ -339,21 +409,20 @@ def train(cfg):
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    null = pipe.encode_text([""])
-    pipe.latent_shape(cfg.resolution)                                  # refuses one that the model cannot make
-    times = [t for t in models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule) if t >= cfg.t_min and t > 0]
+    pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
+    times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
+             if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]
+    if pipe.ddpm and cfg.dsm == "elbo":
+        raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin()
+    run.prepare(pipe, [*rows["train"], *test, *val])
+    null = pipe.encode_text([""])
 
-    before = {}
-    if run.state:
-        data.restore(params, run.state["params"])
-        data.restore(ema or [], run.state["ema"])
-        opt.load_state_dict(run.state["opt"])
-        before = run.state["before"]
-    else:
+    before = run.restore(params, ema, opt)
+    if not before:
         before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
         run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
         run.log({"eval_test": before["eval"]})
@@ -367,7 +436,9 @@ def train(cfg):
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         who = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"
-        old = [p.detach().clone() for p in {"current": params, "ema": ema, "start": start}[who]]
+        old = {"current": None, "ema": ema, "start": start}[who]
+        if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
+            old = [p.detach().clone() for p in old or params]
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         with models.using(params, old):
             x_0 = torch.cat([rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
@@ -384,43 +455,64 @@ def train(cfg):
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
         clip_old = {"rollout": old, "ema": ema}[cfg.clip_old]
-        logs = []
+        logs = torch.zeros(3, device=run.device, dtype=x_0.dtype)      # loss, kl, dsm: means over the batch
         for update in range(cfg.updates):
             for draw in range(cfg.timesteps):
                 for g in range(0, mine, chunk):
                     s, n = slice(g * G, (g + chunk) * G), min(chunk, mine - g)
                     key = [(cfg.seed, step, run.rank * mine + g + j, update, draw) for j in range(n)]
-                    t = [draw_time(cfg, times, *k) for k in key]
+                    t = [draw_time(cfg, times, pipe.ddpm, *k) for k in key]
                     t = torch.tensor(t, device=run.device, dtype=x_0.dtype).repeat_interleave(G)      # (n G,)
                     eps = torch.stack([data.noise(x_0.shape[1:], *k, "eps", device=run.device, dtype=x_0.dtype)
                                        for k in key]).repeat_interleave(G, 0)              # (n G, C, H, W)
-                    x_t = torch.lerp(x_0[s], eps, t[:, None, None, None])
-                    part = [c[s] for c in ctx]
-                    with torch.no_grad(), models.using(params, ref):
-                        v_ref = guided(net, x_t, t, part, null, cfg.cfg_ref)
-                    v = guided(net, x_t, t, part, null, cfg.cfg_train)
-                    dsm, dsm_ref = (dsm_loss(a, x_0[s], eps, t, cfg.dsm) for a in (v, v_ref))         # (n G,)  Eq. (3)
-                    if cfg.clip_range:
-                        with torch.no_grad(), models.using(params, clip_old):
-                            v_old = guided(net, x_t, t, part, null, cfg.cfg_train)
-                        dsm = clip_dsm(dsm, dsm_loss(v_old, x_0[s], eps, t, cfg.dsm), adv[s], cfg.clip_range)
-                    loss = dgpo_loss(dsm, dsm_ref, adv[s], G, cfg.beta) / cfg.beta         # Eq. (4)
-                    kl = (v - v_ref).square().mean()
-                    ((loss + cfg.kl_beta * kl) * n / cfg.groups / cfg.timesteps).backward()
-                    logs.append(torch.stack([loss.detach() * cfg.beta, kl.detach(), dsm.detach().mean()]))
+                    x_t = noised(x_0[s], eps, t, pipe.ddpm)
+                    part, A = [c[s] for c in ctx], adv[s]
+                    # Whole groups at once; only a group that is larger than micro_batch in parts, see dgpo_slope.
+                    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, n * G, cfg.micro_batch)]
+                    whole = None
+
+                    def velocity(scale, p):
+                        return guided(net, x_t[p], t[p], [c[p] for c in part], null, scale)
+
+                    def dsm_of(v, p=slice(None)):
+                        return dsm_loss(v, x_0[s][p], eps[p], t[p], cfg.dsm, pipe.ddpm)    # (n G,)  Eq. (3)
+                    with torch.no_grad():
+                        with models.using(params, ref):
+                            v_ref = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
+                        dsm_ref, dsm_old = dsm_of(v_ref), None
+                        if cfg.clip_range:
+                            with models.using(params, clip_old):
+                                dsm_old = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
+                        if len(pieces) > 1:
+                            dsm = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
+                            slope = dgpo_slope(dsm, dsm_ref, A, G, cfg.beta)
+                            whole = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta
+                    for p in pieces:
+                        v = velocity(cfg.cfg_train, p)
+                        dsm = dsm_of(v, p)
+                        if cfg.clip_range:
+                            dsm = clip_dsm(dsm, dsm_old[p], A[p], cfg.clip_range)
+                        if whole is None:
+                            loss = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta      # Eq. (4)
+                        else:
+                            loss = (slope[p] * A[p] * dsm).mean()
+                        kl, share = (v - v_ref[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
+                        ((loss + cfg.kl_beta * kl) * share).backward()
+                        shown = (loss if whole is None else whole) * cfg.beta
+                        logs += torch.stack([shown, kl, dsm.mean()]).detach() * share
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
-                torch._foreach_lerp_(ema, [p.data for p in params], 1 - decay)
+                torch._foreach_lerp_(models.local(ema), models.local(params), 1 - decay)
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * (
-            both["ref"] + both["train"] * (1 + (cfg.clip_range > 0)))
+            both["ref"] + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G)))
         run.count["backwards"] += seen * both["train"]
-        loss, kl, dsm = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
+        loss, kl, dsm = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
@@ -429,10 +521,10 @@ def train(cfg):
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
-            run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+            run.save(params, ema, opt, before)
         bar.update()
     bar.close()
-    run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+    run.save(params, ema, opt, before)
     data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
 
 

@@ -30,10 +30,11 @@ from csrc import ops
 
 @dataclass
 class Config:
-    model: str = "tiny"                 # tiny, or a directory in the diffusers layout
-    weights: str = ""                   # the model's directory, where it is not the name's own
+    model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
+    weights: str = ""                   # its directory or original single file, where it is not weights/<model>
+    init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "flow"                # flow (Flow-GRPO)
-    preset: str = "tiny"                # tiny, paper, official (the released SD3.5-M GenEval run)
+    preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
@@ -44,10 +45,10 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 48]
     group_size: int = 24                # G, images a prompt                                       [paper, Sec. 5.1]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
-    solver: str = "euler"               # of the ODE in evaluation: euler, or dpm, DPM-Solver++(2M)
-    schedule: str = "linear"            # times of the samplers: linear, sd3, dpm
-    shift: float = 1.0                  # shift of the schedule                                    [SD3: 3]
-    sde: str = "flow"                   # kind of SDE, Eq. (2): flow, dance, cps
+    solver: str = ""                    # of evaluation's ODE: euler, dpm (DPM-Solver++(2M)); empty: euler, SD1's ddim
+    schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
+    shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
+    sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: flow, or ddim
     noise_level: float = 0.7            # a in Eq. (2)                                             [paper, Sec. 5.1]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all    [paper: all]
@@ -69,8 +70,17 @@ class Config:
     lr: float = 1e-4                    # AdamW, constant                                          [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
-    micro_batch: int = 96               # images at once, rounded to whole groups
-    dtype: str = "float32"              # of the network: float32, bfloat16; float64 for tests
+    micro_batch: int = 96               # images at once; rollouts take whole groups
+    gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
+    checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
+    offload: bool = False               # the VAE waits on the CPU while the network works
+    compile: bool = False               # torch.compile of the network's blocks
+    merge_lora: bool = False            # the LoRA is added into the weights in evaluation; rounds in bf16
+    fsdp: bool = False                  # FSDP2: weights and optimizer in shards (full fine-tuning, torchrun)
+    text_length: int = 0                # T5's tokens; 0: SD3 128 (released code), FLUX.1-dev 512, -schnell 256
+    text_cache: str = ""                # folder of the encoded prompts; empty: weights/text, nothing for small encoders
+    guidance: float = 3.5               # the scale that FLUX.1-dev was distilled for; not the cfg_* scales
+    dtype: str = "float32"              # the network computes in float32, bfloat16; float64 for tests
     eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
     eval_images: int = 600              # test images, before and after
     val_images: int = 240               # validation images, on the way
@@ -82,8 +92,8 @@ class Config:
 
     def __post_init__(self):
         data.check_common(self)
-        for name, options in dict(method=("flow",), sde=("flow", "dance", "cps"), schedule=("linear", "sd3", "dpm"),
-                                  solver=("euler", "dpm"),
+        for name, options in dict(method=("flow",), sde=("", "flow", "dance", "cps", "ddim"),
+                                  schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"),
                                   kl_form=("flow-grpo", "gaussian", "velocity"),
                                   adv_std=("group", "batch", "none")).items():
             data.choose(name, getattr(self, name), options)
@@ -101,14 +111,20 @@ class Config:
                              f"--sample-steps {self.sample_steps}")
 
 
-SD35M = dict(model="sd35m", prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512,
-             dtype="bfloat16", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6,
-             train_steps=0, clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_eval=4.5, cfg_also=0.0,
-             eval_every=60, micro_batch=24)
-PRESETS = {
+FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
+            sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6,
+            train_steps=0, clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_ref=4.5, cfg_eval=4.5, cfg_also=0.0,
+            eval_every=60, micro_batch=24, kl_beta=0.04, ema_every=8)                # Flow-GRPO's run of SD3.5-M
+DANCE = dict(reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16", lr=1e-5,
+             clip_range=1e-4, cfg_also=0.0, minutes=1e6, eval_every=50, micro_batch=4)             # DanceGRPO's runs
+FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "groups": 8,
+        "group_size": 12, "train_steps": 9, "eval_steps": 28, "ema": 0.995, "fsdp": True}
+SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "groups": 32, "group_size": 16, "ema": 0.0,
+        "train_steps": 0, "eval_steps": 50, "cfg_rollout": 5.0, "cfg_train": 5.0, "cfg_eval": 5.0}
+PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
-    "paper": {**SD35M, "kl_beta": 0.04, "kl_form": "gaussian", "updates": 1},
-    "official": {**SD35M, "kl_beta": 0.04, "cfg_ref": 4.5, "adv_std": "batch", "ema_every": 8}}
+    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
+    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": FLUX, "sd14": SD14}}
 
 
 # =============================================================================================================== math
@@ -155,14 +171,14 @@ def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
 
 # == same: sampler (dgpo grpo slas) ==
 def guided(net, x, t, ctx, null, scale):
-    """Velocity with classifier-free guidance, uncond + scale (cond - uncond); scale 1 costs one pass, else two at once.
+    """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
-    x (B, C, H, W); t: float, or (B,); ctx, null: what encode_text gave for the prompts and for "". Returns float32, or
-    float64 for a float64 network.
+    x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
+    for "". Returns the velocity or noise in float32, or float64 for a float64 network.
     """
     dtype = next(net.parameters()).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    t = torch.full((len(x),), t, device=x.device, dtype=wide) if isinstance(t, float) else t
+    t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
     if scale == 1:
         return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
     both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
@@ -223,16 +239,37 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     return x_next, logp.flatten(1).mean(1), mean, std
 
 
+def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
+    """One DDIM step of a DDPM network that predicts noise, and its log-density. Arguments and results as in sde_step.
+
+    eps_hat, x_n, eps, x_next: (B, C, H, W) float32; alpha_bar <= alpha_bar_next: a and a', floats in (0, 1]; eta: 0 is
+    deterministic, 1 DDPM's own noise.  std = eta sqrt((1 - a') / (1 - a) (1 - a/a')),
+    mean = sqrt(a') x_0hat + sqrt(1 - a' - std^2) eps_hat.                 Song et al., arXiv:2010.02502, Eqs. 12, 16
+    """
+    a, a_next = alpha_bar, alpha_bar_next
+    x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
+    std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
 @torch.no_grad()
 def ode(net, x, ts, ctx, null, scale, solver="euler"):
     """Follow the probability-flow ODE from noise x (B, C, H, W) along the times ts. Returns x_0 (B, C, H, W).
 
-    solver: euler, or dpm, DPM-Solver++(2M).
+    solver: euler, dpm, DPM-Solver++(2M), or ddim, where ts are DDPM steps.
     """
     last, t_last = None, None
     for t, t_next in zip(ts, ts[1:]):
         v = guided(net, x, t, ctx, null, scale)
-        if solver == "euler":
+        if solver == "ddim":
+            x, *_ = ddim_step(v, x, models.ALPHA_BAR[t], models.ALPHA_BAR[t_next], eta=0.0)
+        elif solver == "euler":
             x = euler_step(v, x, t, t_next)
         else:
             x_0hat = x - t * v
@@ -242,12 +279,13 @@ def ode(net, x, ts, ctx, null, scale, solver="euler"):
 
 def sample(pipe, prompts, keys, cfg, scale):
     """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
-    ts, images, wide = models.schedule(cfg.eval_steps, cfg.shift, cfg.schedule), [], data.wide(cfg.dtype)
-    device, shape, null = next(pipe.net.parameters()).device, pipe.latent_shape(cfg.resolution), pipe.encode_text([""])
-    for i in range(0, len(prompts), cfg.micro_batch):
-        ctx = pipe.encode_text(prompts[i:i + cfg.micro_batch])
-        x = torch.stack([data.noise(shape, *key, device=device, dtype=wide) for key in keys[i:i + cfg.micro_batch]])
-        images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, cfg.solver)))
+    ts, images = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
+    shape, null, wide = pipe.latent_shape(cfg.resolution), pipe.encode_text([""]), data.wide(cfg.dtype)
+    with models.merged(pipe.net, cfg.merge_lora):
+        for i in range(0, len(prompts), cfg.micro_batch):
+            ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
+            x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
+            images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
 
 
@@ -257,8 +295,8 @@ def evaluate(pipe, rows, score, cfg, run, scale):
     Returns the mean and {tag: mean} over GenEval's tags.
     """
     own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
-    for k in range(0, len(own), cfg.micro_batch):
-        some = own[k:k + cfg.micro_batch]
+    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
+        some = own[k:k + cfg.micro_batch] or own[:1]
         prompts = [rows[i]["prompt"] for i in some]
         images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
         total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
@@ -266,6 +304,17 @@ def evaluate(pipe, rows, score, cfg, run, scale):
     return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
                                     for tag in dict.fromkeys(tags)}
 # == end ==
+
+
+def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
+    """Step i of the sampler, taken by eps or scored at x_next: sde_step, ddim_step for kind "ddim", as they return.
+
+    v: the network's answer at x (B, C, H, W) and ts[i], velocity or noise; ts: flow times, or DDPM steps for "ddim".
+    """
+    if kind == "ddim":
+        a, a_next = models.ALPHA_BAR[ts[i]], models.ALPHA_BAR[ts[i + 1]]
+        return ddim_step(v, x, a, a_next, noise_level, eps, x_next)
+    return sde_step(v, x, ts[i], ts[i + 1], noise_level, eps, x_next, kind, t_cap=ts[1])
 
 
 @torch.no_grad()
@@ -284,12 +333,10 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
     xs, logps = [draw("start")], {}
     for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
         v = guided(pipe.net, xs[i], t, ctx, null, cfg.cfg_rollout)
-        if i in window:
-            x, logp, *_ = sde_step(v, xs[i], t, t_next, cfg.noise_level, draw(f"sde {i}"), kind=cfg.sde, t_cap=ts[1])
-            if logp is not None:                                       # the last step of cps has no noise
-                logps[i] = logp
-        else:
-            x = euler_step(v, xs[i], t, t_next)
+        eps = draw(f"sde {i}") if i in window else None
+        x, logp, *_ = transition(v, xs[i], i, ts, cfg.noise_level if i in window else 0.0, pipe.sde(cfg.sde), eps)
+        if logp is not None:                                           # the last step of cps has no noise
+            logps[i] = logp
         xs.append(x)
     return torch.stack(xs), logps
 
@@ -300,10 +347,8 @@ def train(cfg):
     run = data.Run(cfg, "grpo")
     ops.use(cfg.fused)
     torch.manual_seed(cfg.seed)
-    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device)
+    pipe, params = data.load_policy(cfg, run)
     net = pipe.net
-    params = models.add_lora(net, cfg.lora_rank, cfg.lora_alpha, net.lora_targets) if cfg.lora_rank else \
-        models.trainable(net.requires_grad_(True))
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
@@ -311,21 +356,18 @@ def train(cfg):
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    null = pipe.encode_text([""])
-    pipe.latent_shape(cfg.resolution)                                  # refuses one that the model cannot make
-    ts = models.schedule(cfg.sample_steps, cfg.shift, cfg.schedule)    # T + 1 times, from 1 down to 0
+    pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
+    kind = pipe.sde(cfg.sde)
+    ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin()
+    run.prepare(pipe, [*rows["train"], *test, *val])
+    null = pipe.encode_text([""])
 
-    before, checked = {}, False
-    if run.state:
-        data.restore(params, run.state["params"])
-        data.restore(ema or [], run.state["ema"])
-        opt.load_state_dict(run.state["opt"])
-        before = run.state["before"]
-    else:
+    before, checked = run.restore(params, ema, opt), False
+    if not before:
         before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
         run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
         run.log({"eval_test": before["eval"]})
@@ -333,8 +375,7 @@ def train(cfg):
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
         v = guided(net, x[i], ts[i], part, null, scale)                                    # (n, C, H, W)
-        _, logp, mean, std = sde_step(v, x[i], ts[i], ts[i + 1], cfg.noise_level, x_next=x[i + 1], kind=cfg.sde,
-                                      t_cap=ts[1])
+        _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
@@ -375,12 +416,14 @@ def train(cfg):
                 raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, "
                                  f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
             checked = True
-        logs = []
+        logs = torch.zeros(5, device=run.device, dtype=x.dtype)        # loss, kl, stats: means over the batch
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
-            for k in range(0, len(turn), chunk):
-                some = [g * cfg.group_size + j for g in turn[k:k + chunk] for j in range(cfg.group_size)]
-                part, share = [c[some] for c in ctx], len(turn[k:k + chunk]) * cfg.updates / cfg.groups / len(trained)
+            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            for k in range(0, len(turn), cfg.micro_batch):
+                some = turn[k:k + cfg.micro_batch]
+                part = [c[some] for c in ctx]
+                share = len(some) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 for i in trained:
                     logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
@@ -390,10 +433,10 @@ def train(cfg):
                             _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
                         kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
                     ((loss + cfg.kl_beta * kl) * share).backward()
-                    logs.append(torch.stack([loss.detach(), kl.detach(), *stats.values()]))
+                    logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema and run.count["updates"] % cfg.ema_every == 0:
-                torch._foreach_lerp_(ema, [p.data for p in params], 1 - cfg.ema)
+                torch._foreach_lerp_(models.local(ema), models.local(params), 1 - cfg.ema)
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size
@@ -401,7 +444,7 @@ def train(cfg):
         run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
                                                                 + len(trained) * passes)
         run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (1 + (cfg.cfg_train != 1))
-        loss, kl, *values = (run.sum(torch.stack(logs).mean(0)) / run.world).tolist()
+        loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": data.image_stats(images, cfg.group_size)}
@@ -411,10 +454,10 @@ def train(cfg):
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
-            run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+            run.save(params, ema, opt, before)
         bar.update()
     bar.close()
-    run.save({"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict(), "before": before})
+    run.save(params, ema, opt, before)
     data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
 
 

@@ -22,6 +22,7 @@ tokens, N image tokens, D width.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -135,10 +136,13 @@ def save_pretrained(net, directory, dtype=None):
     """
     if lora_layers(net):
         raise ValueError(f"{directory}: the network has a LoRA, which save_pretrained would lose: call save_lora")
-    directory = Path(directory)
+    directory, state = Path(directory), {}
+    for key, tensor in net.state_dict().items():                      # shards are gathered, one tensor at a time
+        tensor = tensor.full_tensor() if is_sharded([tensor]) else tensor
+        state[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-             for key, tensor in net.state_dict().items()}
     save_file(state, directory / f"{net.file_name}.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(net.config, indent=2) + "\n")
 
@@ -373,6 +377,7 @@ class MMDiT(nn.Module):
     public_names, file_name = ("SD3Transformer2DModel",), "diffusion_pytorch_model"
     from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
     rename, ignore, lora_prefix = str, (), "transformer."             # files have the network's own names
+    blocks = (MMDiTBlock,)                                            # what is compiled, and gathered, as a whole
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",                # image stream, and the
                     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")     # text: Flow-GRPO's
 
@@ -485,6 +490,7 @@ class Flux(nn.Module):
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",        # image stream, and single blocks
                     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",        # text stream
                     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    blocks = (FluxBlock, FluxSingleBlock)
     patch = 2                                                         # packed outside of diffusers' class, inside ours
 
     def __init__(self, patch_size=1, in_channels=64, out_channels=None, num_layers=19, num_single_layers=38,
@@ -633,6 +639,7 @@ class UNet(nn.Module):
     public_names, file_name = ("UNet2DConditionModel",), "diffusion_pytorch_model"
     from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
     rename, ignore, lora_prefix = str, (), "unet."
+    blocks = (ResBlock, SpatialTransformer)
     lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",                      # self attention
                     "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")                     # to the text
     defaults = dict(sample_size=None, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
@@ -665,7 +672,7 @@ class UNet(nn.Module):
                 raise ValueError(f"{name}={c[name]}: one of {kinds} for each of {len(widths)} resolutions")
         time, layers, last = widths[0] * 4, c["layers_per_block"], len(widths) - 1
         common = dict(heads=heads, groups=c["norm_num_groups"], eps=c["norm_eps"])
-        self.width, self.patch, self.checkpointing = widths[0], 2 ** last, False
+        self.width, self.patch, self.checkpointing = widths[0], 1, False
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = Embedder(widths[0], time)
         self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
@@ -889,15 +896,23 @@ class CLIPText(nn.Module):
     def rename(key):
         return "text_model." + key                                    # transformers 5 leaves it out
 
-    def forward(self, ids):
-        body = self.text_model
-        embeddings = body.embeddings
+    def states(self, ids):
+        """The states (B, L, D) before and after the last layer, neither final-normed."""
+        embeddings = self.text_model.embeddings
         x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]  # (B, L, D)
-        for layer in body.encoder["layers"]:
-            hidden, x = x, layer(x)
+        for layer in self.text_model.encoder["layers"]:
+            before, x = x, layer(x)
+        return before, x
+
+    def last_hidden(self, ids):
+        """The last layer's states, final-normed, (B, L, D): what Stable Diffusion 1 looks at."""
+        return self.text_model.final_layer_norm(self.states(ids)[1])
+
+    def forward(self, ids):
+        hidden, x = self.states(ids)
         # Old configs say 2 and mean: the largest id, which in CLIP's vocabulary is the end of text.
         end = ids.argmax(1) if self.eos == 2 else (ids == self.eos).int().argmax(1)                      # (B,)
-        pooled = body.final_layer_norm(x)[torch.arange(len(ids), device=ids.device), end]                # (B, D)
+        pooled = self.text_model.final_layer_norm(x[torch.arange(len(ids), device=ids.device), end])     # (B, D)
         return hidden, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled
 
     def init_weights(self):
@@ -1031,92 +1046,339 @@ class CLIPTokenizer:
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-MODELS = {"tiny": HERE / "tests" / "tiny"}                            # the rest: weights/<model>
+TINY_DIR = HERE / "tests" / "tiny"
+FAMILIES = {                                                          # model_index.json's class -> the pipeline's parts
+    "StableDiffusion3Pipeline": ("sd3", {"transformer": MMDiT, "vae": VAE, "text_encoder": CLIPText,
+                                         "text_encoder_2": CLIPText, "text_encoder_3": T5Encoder}),
+    "FluxPipeline": ("flux", {"transformer": Flux, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": T5Encoder}),
+    "StableDiffusionPipeline": ("sd14", {"unet": UNet, "vae": VAE, "text_encoder": CLIPText})}
+UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")         # parts that nothing here needs
+SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
+           "sd14": "CompVis/stable-diffusion-v1-4"}
+VAE_CONFIG = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, latent_channels=16,
+                  use_quant_conv=False, use_post_quant_conv=False)
+CONFIGS = {                           # the public files', for what comes without: init="random", original single files
+    "sd35m": ("StableDiffusion3Pipeline", 3.0, {
+        "transformer": dict(sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+                            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+        "vae": dict(VAE_CONFIG, scaling_factor=1.5305, shift_factor=0.0609)}),
+    "flux": ("FluxPipeline", 0.0, {
+        "transformer": dict(guidance_embeds=True),
+        "vae": dict(VAE_CONFIG, scaling_factor=0.3611, shift_factor=0.1159)}),
+    "sd14": ("StableDiffusionPipeline", 1.0, {
+        "unet": dict(sample_size=64, cross_attention_dim=768),
+        "vae": dict(VAE_CONFIG, sample_size=512, latent_channels=4, use_quant_conv=True, use_post_quant_conv=True)})}
 
 
 class TextToImage:
-    """A text-to-image model: its velocity network, text encoders and, unless it works in pixels, its VAE.
+    """A text-to-image model: its network, text encoders and, unless it works in pixels, its VAE. Made by `load`.
 
-    net(x, t, *encode_text(prompts)) is the velocity; decode(x) the images. Made by `load`.
+    family: sd3, flux (flow: net(x, t, *encode_text(prompts)) is the velocity) or sd14 (ddpm: t is a step n, the network
+    predicts the noise). shift: of the checkpoint's schedule, 0 where it depends on the resolution; guidance: what a
+    distilled FLUX is told; offload: the VAE waits on the CPU.
     """
 
-    def __init__(self, net, text_encoders, tokenizers, sample_size, vae=None):
-        self.net, self.text_encoders, self.tokenizers, self.vae = net, text_encoders, tokenizers, vae
-        self.sample_size, self.cache = sample_size, {}
+    def __init__(self, family, net, encoders=(), tokenizers=(), vae=None, shift=1.0):
+        self.family, self.net, self.encoders, self.tokenizers, self.vae = family, net, encoders, tokenizers, vae
+        self.ddpm, self.shift, self.guidance, self.offload = family == "sd14", shift, 3.5, False
+        self.folder, self.features = None, {}
+
+    # -- text ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """prompts, B strings -> (context (B, L, D), pooled (B, P)). Each distinct prompt is encoded once and kept."""
-        new = sorted(set(prompts) - set(self.cache))
-        for prompt in new:                       # alone: in a batch the last bits depend on the company, so on history
-            self.cache[prompt] = [part[0] for part in self.encode([prompt])]
-        return tuple(torch.stack(part) for part in zip(*(self.cache[prompt] for prompt in prompts)))
+        """prompts, B strings -> what the network takes beside x and t: (context (B, L, D), pooled (B, P)) and guidance.
+
+        sd14 has the context alone, FLUX.1-dev the third. Each distinct prompt is encoded once, and kept: on disk after
+        `prepare`, the last 1024 in memory.
+        """
+        device = next(self.net.parameters()).device
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.features:      # alone: in a batch the last bits depend on the company, so on history
+                self.features[prompt] = [part[0] for part in self._kept(prompt)]
+        ctx = tuple(torch.stack([part.to(device) for part in parts])
+                    for parts in zip(*(self.features[prompt] for prompt in prompts)))
+        for prompt in list(self.features)[:-1024]:
+            del self.features[prompt]
+        if self.family == "flux" and self.net.config["guidance_embeds"]:
+            ctx += (torch.full((len(prompts),), self.guidance, device=device),)
+        return ctx
 
     def encode(self, prompts):
-        """encode_text without the cache. SD3's rule: encoders side by side, zeros up to the network's width."""
-        device = next(self.net.parameters()).device
-        hidden, pooled = zip(*(encoder(tokenizer(prompts).to(device))
-                               for encoder, tokenizer in zip(self.text_encoders, self.tokenizers)))
-        hidden = torch.cat(hidden, dim=2)
-        return F.pad(hidden, (0, self.net.config["joint_attention_dim"] - hidden.shape[2])), torch.cat(pooled, dim=1)
+        """encode_text without its memory, and without guidance: each pipeline's own rule.
 
+        sd3    CLIPs side by side, zeros up to the network's width; T5's tokens behind theirs; pooled CLIPs side by side
+        flux   T5's tokens; CLIP's pooled state
+        sd14   CLIP's last states, final-normed
+        """
+        def ids(tokenizer, encoder):
+            return tokenizer(prompts).to(next(encoder.parameters()).device)
+        if not self.encoders:
+            raise RuntimeError(f"the text encoders were freed before {prompts[0]!r} was encoded: prepare it too")
+        if self.family == "sd14":
+            return self.encoders[0].last_hidden(ids(self.tokenizers[0], self.encoders[0])),
+        outputs = [encoder(ids(tokenizer, encoder)) for encoder, tokenizer in zip(self.encoders, self.tokenizers)]
+        if self.family == "flux":
+            (_, pooled), tokens = outputs
+            return tokens, pooled
+        clip = [output for output in outputs if isinstance(output, tuple)]
+        t5 = [output for output in outputs if torch.is_tensor(output)]                   # none, or one
+        hidden, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clip))
+        hidden = F.pad(hidden, (0, self.net.config["joint_attention_dim"] - hidden.shape[2]))
+        return torch.cat([hidden, *t5], dim=1), pooled
+
+    def _kept(self, prompt):
+        """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""
+        file = self.folder and self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+        if file and file.is_file():
+            with safe_open(file, framework="pt") as tensors:
+                return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
+        parts = self.encode([prompt])
+        if file:
+            new = file.with_suffix(f".{os.getpid()}")                                    # another process may write too
+            save_file({str(i): part.cpu().contiguous() for i, part in enumerate(parts)}, new)
+            os.replace(new, file)
+        return parts
+
+    @torch.no_grad()
+    def prepare(self, prompts, folder="", rank=0, world=1):
+        """Encode the prompts of a run into a folder on disk, this process its share, and free the text encoders.
+
+        The folder's sub-folder is named by the encoders' weights and options, the files by the text. An empty folder is
+        weights/text, unless the encoders are so small (under 10 M parameters) that nothing needs to be kept or freed.
+        """
+        size = sum(p.numel() for encoder in self.encoders for p in encoder.parameters())
+        if not self.encoders or not folder and size < 10_000_000:
+            return
+        from tqdm import tqdm
+        digest = hashlib.sha256(repr([self.family, [tokenizer.length for tokenizer in self.tokenizers]]).encode())
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers):
+            digest.update(repr((encoder.config, next(encoder.parameters()).dtype, tokenizer.bpe.to_str())).encode())
+            for p in encoder.parameters():                            # a fingerprint: a few numbers of every tensor
+                digest.update(p.flatten()[::max(1, p.numel() // 64)].double().cpu().numpy().tobytes())
+        self.folder = Path(folder or HERE / "weights" / "text") / digest.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = sorted(set(prompts))[rank::world]
+        for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0, dynamic_ncols=True):
+            self._kept(prompt)
+        self.encoders = ()
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def decode(self, latents):
         """latents (B, C, H, W) -> images (B, 3, H', W') float32 in [0, 1]."""
-        return (latents.float() / 2 + 0.5).clamp(0, 1)
+        if self.vae is None:
+            return (latents.float() / 2 + 0.5).clamp(0, 1)
+        if self.offload:
+            self.vae.to(latents.device)
+        images = self.vae.decode(latents).float()
+        if self.offload:
+            self.vae.to("cpu")
+        return images
 
     def latent_shape(self, resolution=None):
-        """(C, H, W) of one image's latent at a resolution in pixels; None: the checkpoint's own."""
-        size = resolution or self.sample_size
-        if size % self.net.patch:
-            raise ValueError(f"resolution={size} is not a multiple of the patch size {self.net.patch}")
-        return self.net.config["in_channels"], size, size
+        """(C, H, W) of one image's latent at a resolution in pixels; None or 0: the checkpoint's own.
+
+        Raises ValueError for a resolution that the network cannot make.
+        """
+        factor, config = self.vae.factor if self.vae else 1, self.net.config
+        size = resolution or (config.get("sample_size") or 128) * factor                 # FLUX's config names none
+        if size % (factor * self.net.patch):
+            raise ValueError(f"resolution={size} is not a multiple of {factor * self.net.patch}, the side of a patch")
+        most = config.get("pos_embed_max_size", math.inf) * factor * self.net.patch
+        if size > most:
+            raise ValueError(f"resolution={size} is more than {most}, the side of the checkpoint's position table")
+        return getattr(self.net, "channels", config["in_channels"]), size // factor, size // factor
+
+    def times(self, steps, kind="", shift=0.0, resolution=None):
+        """The sampler's times by `schedule`; kind "" and shift 0 stand for the checkpoint's own.
+
+        Raises ValueError for a kind that does not suit the network: ddim gives DDPM steps, the others flow times.
+        """
+        kind = kind or ("ddim" if self.ddpm else "linear")
+        if (kind == "ddim") != self.ddpm:
+            raise ValueError(f"--schedule {kind} does not suit {self.family}: " + (
+                "its network knows DDPM steps; try --schedule ddim" if self.ddpm else
+                "its network knows flow times; try --schedule linear"))
+        if not shift and self.family == "flux" and not self.shift:
+            shift = flux_shift(math.prod(self.latent_shape(resolution)[1:]) // 4)
+        return schedule(steps, shift or self.shift, kind)
 
 
-def load(model, weights=None, dtype=torch.float32, device="cpu", init=None):
-    """A whole pipeline from a name (tiny) or a directory in the diffusers layout of SD3.
+    def solver(self, name=""):
+        """The ODE solver's name; empty: ddim for a DDPM network, else euler. ValueError for one that cannot be."""
+        name = name or ("ddim" if self.ddpm else "euler")
+        if (name == "ddim") != self.ddpm:
+            only = "ddim" if self.ddpm else "euler or dpm"
+            raise ValueError(f"--solver {name} does not suit {self.family}: try --solver {only}")
+        return name
 
-    weights: the directory, where it is not the name's own; init="random": the same networks with random weights.
+
+    def sde(self, kind=""):
+        """The kind of stochastic step; empty: ddim for a DDPM network, else flow. ValueError for one that cannot be."""
+        kind = kind or ("ddim" if self.ddpm else "flow")
+        if (kind == "ddim") != self.ddpm:
+            only = "ddim" if self.ddpm else "flow, dance or cps"
+            raise ValueError(f"--sde {kind} does not suit {self.family}: try --sde {only}")
+        return kind
+
+
+class RandomText:
+    """In place of text encoders, where a model without weights is measured: noise, a function of the text."""
+
+    def __init__(self, pipe, lengths):
+        self.pipe, self.lengths = pipe, lengths
+
+    def __call__(self, prompts):
+        config, p = self.pipe.net.config, next(self.pipe.net.parameters())
+        width = config.get("joint_attention_dim") or config["cross_attention_dim"]
+        shapes = [(self.lengths, width)] + [(config["pooled_projection_dim"],)] * (self.pipe.family != "sd14")
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
+        return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+                     .to(p.device, p.dtype) for shape in shapes)
+
+
+def check_widths(pipe, directory):
+    """Raise ValueError if the text encoders give other widths than the network takes: parts of different models."""
+    config, widths = pipe.net.config, [(type(e) is T5Encoder, e.config) for e in pipe.encoders]
+    clip = [c for t5, c in widths if not t5]
+    tokens = [c["d_model"] for t5, c in widths if t5]
+    pooled = sum(c["projection_dim"] if "CLIPTextModelWithProjection" in c["architectures"] else c["hidden_size"]
+                 for c in clip)
+    room = config.get("joint_attention_dim") or config["cross_attention_dim"]
+    width = sum(c["hidden_size"] for c in clip)
+    good = {"sd3": 0 < width <= room and pooled == config.get("pooled_projection_dim") and tokens in ([], [room]),
+            "flux": pooled == config.get("pooled_projection_dim") and tokens == [room], "sd14": width == room}
+    if not good[pipe.family]:
+        raise ValueError(f"{directory}: the text encoders give {width} (CLIP) and {tokens} (T5) features a token and "
+                         f"{pooled} pooled, the network takes {room} and {config.get('pooled_projection_dim')}: these "
+                         f"parts are of different models")
+
+
+def read_shift(directory):
+    """The shift in a pipeline's scheduler_config.json; 0 where it depends on the resolution (FLUX.1-dev)."""
+    file = Path(directory) / "scheduler" / "scheduler_config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    for name, value in dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+                            time_shift_type="exponential").items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{file}: {name}={config[name]!r} is not implemented: only {value!r}")
+    return 0.0
+
+
+def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
+    """A pipeline of random networks in `dtype` on `device`, without a copy elsewhere. configs: {part: config}."""
+    family, classes = FAMILIES[pipeline]
+    nets, default = {}, torch.get_default_dtype()
+    for name, config in configs.items():
+        try:
+            torch.set_default_dtype(torch.promote_types(dtype, torch.float32) if name == "vae" else dtype)
+            with torch.device(device):
+                nets[name] = classes[name](**config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(default)
+    vae = nets.pop("vae", None)
+    pipe = TextToImage(family, *nets.values(), vae=vae, shift=shift)
+    lengths = {"sd3": 77 + (text_length or 128), "sd14": 77,
+               "flux": text_length or (512 if pipe.net.config.get("guidance_embeds") else 256)}
+    pipe.encode = RandomText(pipe, lengths[family])
+    return pipe
+
+
+def family(model, weights=""):
+    """sd3, flux or sd14 of a name or a directory, from its model_index.json alone; None where that is not to be had."""
+    if model in CONFIGS:
+        return FAMILIES[CONFIGS[model][0]][0]
+    try:
+        name = read_json(Path(weights or {"tiny": TINY_DIR}.get(model, model)) / "model_index.json").get("_class_name")
+    except (OSError, ValueError):
+        return None
+    return FAMILIES.get(name, (None,))[0]
+
+
+def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
+    """A whole pipeline from a name (tiny, sd35m, flux, sd14) or a directory in the diffusers layout.
+
+    weights: the directory where it is not weights/<model>, or an original single file (sd3.5_medium.safetensors,
+    flux1-dev.safetensors), whose directory then holds the rest. init="random": full-size networks with random weights
+    and text features on the device, for measuring. text_length: T5's tokens; None: 128 for SD3, as the released RL
+    code; 512 for FLUX.1-dev, 256 for -schnell. The VAE stays in float32 (float64 if dtype is).
     Raises ValueError or FileNotFoundError that name the file and what to do.
     """
     if init not in (None, "random"):
         raise ValueError(f"init={init!r}: 'random' or nothing")
-    named = MODELS.get(model) or (Path(model) if Path(model).is_dir() else HERE / "weights" / model)
-    directory = Path(weights or named)
+    wide = torch.promote_types(dtype, torch.float32)
+    if init and model in CONFIGS and not weights:
+        return random_pipeline(*CONFIGS[model], dtype, device, text_length)
+    directory = Path(weights or {"tiny": TINY_DIR}.get(model) or (model if Path(model).is_dir() else
+                                                                  HERE / "weights" / model))
+    file, directory = (directory, directory.parent) if directory.is_file() else (None, directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is "
-                                f"{', '.join(MODELS)} (python models.py pretrain makes it) or a directory as SD3's")
+        if model in SOURCES:
+            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come by: pip "
+                                    f"install huggingface_hub && hf download {SOURCES[model]} --local-dir {directory}")
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is tiny, "
+                                f"{', '.join(SOURCES)} or a directory in the diffusers layout")
     index = read_json(directory / "model_index.json")
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
+    if index.get("_class_name") not in FAMILIES:
         raise ValueError(f"{directory}/model_index.json describes a {index.get('_class_name')}: only "
-                         f"StableDiffusion3Pipeline can be read")
-    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
-    unknown = sorted(parts - {"transformer", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"})
+                         f"{', '.join(FAMILIES)} can be read")
+    family, classes = FAMILIES[index["_class_name"]]
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in UNUSED]
+    unknown = [name for name in parts if name.replace("tokenizer", "text_encoder") not in classes]
     if unknown:
-        raise ValueError(f"{directory}: the components {', '.join(unknown)} can't be read yet: only CLIP text encoders "
-                         f"and models that work in pixels")
-    suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in parts]
-    encoders = [CLIPText.from_pretrained(directory / f"text_encoder{suffix}", dtype, device) for suffix in suffixes]
-    tokenizers = [CLIPTokenizer(directory / f"tokenizer{suffix}") for suffix in suffixes]
-    net = MMDiT.from_pretrained(directory / "transformer", dtype, device)
-    width, room = sum(encoder.config["hidden_size"] for encoder in encoders), net.config["joint_attention_dim"]
-    if not 0 < width <= room:
-        raise ValueError(f"{directory}: {len(encoders)} text encoders give {width} features a token, the network takes "
-                         f"1 to {room}: these parts are of different models")
-    return TextToImage(net.init_weights() if init else net, encoders, tokenizers, net.config["sample_size"])
+        raise ValueError(f"{directory}/model_index.json: a {index['_class_name']} has no part {unknown[0]}")
+    net_name = next(iter(classes))
+    if net_name not in parts:
+        raise ValueError(f"{directory}/model_index.json names no {net_name}: this is no complete pipeline")
+    names = [name for name in classes if name.startswith("text_encoder") and name in parts]
+    tokenizers = []
+    for name in names:
+        folder = directory / name.replace("text_encoder", "tokenizer")
+        if classes[name] is T5Encoder:
+            tokenizers.append(T5Tokenizer(folder, text_length or 128))
+        else:
+            tokenizers.append(CLIPTokenizer(folder))
+    if init:
+        shapes = {name: read_json(directory / name / "config.json") for name in (net_name, "vae") if name in parts}
+        return random_pipeline(index["_class_name"], read_shift(directory), shapes, dtype, device, text_length)
+    encoders = [classes[name].from_pretrained(directory / name, dtype, device) for name in names]
+    net = classes[net_name].from_pretrained(directory / net_name, dtype, device)
+    vae = VAE.from_pretrained(directory / "vae", wide, device) if "vae" in parts else None
+    pipe = TextToImage(family, net, encoders, tokenizers, vae, read_shift(directory))
+    check_widths(pipe, directory)
+    if family == "flux" and not text_length:
+        tokenizers[1].length = 512 if net.config["guidance_embeds"] else 256
+    return pipe
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
+
+# prod_m (1 - beta_m), m <= n, of Stable Diffusion 1's 1000 DDPM steps: sqrt(beta) runs evenly between two roots.
+ALPHA_BAR = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).tolist()
+
+
+def flux_shift(tokens):
+    """FLUX.1-dev's shift for an image of so many tokens: e^mu, mu from 0.5 at 256 tokens to 1.15 at 4096, a line."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
 
 def schedule(steps, shift=1.0, kind="linear"):
     """The times of a sampler: steps + 1 floats from (about) 1 down to 0.
 
     linear  shift(linspace(1, 0)), shift(t) = s t / (1 + (s - 1) t)              Esser et al., arXiv:2403.03206, Eq. 23
+            with shift = flux_shift(tokens) FLUX.1-dev's own, with shift 1 -schnell's
     sd3     as diffusers' FlowMatchEulerDiscreteScheduler makes it: the low end is shifted twice and 0 is appended
     dpm     the times of DGPO's DPM-Solver++ on flow sigmas: starts just under 1, where its log-SNR is finite
-    Raises ValueError for steps < 1 or an unknown kind.
+    ddim    integer DDPM steps instead, for ALPHA_BAR: diffusers' DDIMScheduler as Stable Diffusion 1 configures it
+            ("leading", offset 1), and 0, whose alpha_bar is the one that its last step arrives at
+    Raises ValueError for steps < 1 (and for ddim > 1000) or an unknown kind.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a sampler takes at least one step")
+    if steps < 1 or (kind == "ddim" and steps > 1000):
+        raise ValueError(f"steps={steps}: a sampler takes at least one step, DDIM at most 1000")
 
     def shifted(t):
         return shift * t / (1 + (shift - 1) * t)
@@ -1127,7 +1389,9 @@ def schedule(steps, shift=1.0, kind="linear"):
         return [shifted(1 + (low - 1) * i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
     if kind == "dpm":
         return [shifted((1 - 1 / 1000) * (1 - i / steps)) for i in range(steps)] + [0.0]
-    raise ValueError(f"schedule kind={kind!r}: 'linear', 'sd3' or 'dpm'")
+    if kind == "ddim":
+        return [i * (1000 // steps) + 1 for i in reversed(range(steps))] + [0]
+    raise ValueError(f"schedule kind={kind!r}: 'linear', 'sd3', 'dpm' or 'ddim'")
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -1179,6 +1443,26 @@ def trainable(net):
     return [p for p in net.parameters() if p.requires_grad]
 
 
+@contextlib.contextmanager
+def merged(net, on=True):
+    """Run a block, without gradients, with the LoRA added into the weights: no extra work per layer. on: do it at all.
+
+    In bf16 the sum is rounded to the weights' dtype, so the network is not quite the trained one: for evaluation, and
+    rollouts whose log-probs nobody asks for. The weights' own values wait beside, and come back bit for bit.
+    """
+    layers = lora_layers(net).values() if on else ()
+    own = [module.weight.data for module in layers]
+    try:
+        for module in layers:
+            update = module.lora_scale * module.lora_B.data @ module.lora_A.data                 # (out, in) float32
+            module.weight.data = (module.weight.data + update).to(module.weight.dtype)
+            module.__class__ = nn.Linear
+        yield
+    finally:
+        for module, weight in zip(layers, own):
+            module.weight.data, module.__class__ = weight, LoRALinear
+
+
 def save_lora(net, file):
     """Write the LoRA as diffusers' load_lora_weights reads it. B is written times alpha / rank.
 
@@ -1186,8 +1470,8 @@ def save_lora(net, file):
     """
     state = {}
     for name, module in lora_layers(net).items():
-        state[f"transformer.{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        state[f"transformer.{name}.lora_B.weight"] = (module.lora_B.detach() * module.lora_scale).cpu().contiguous()
+        name, a, b = net.lora_prefix + name, module.lora_A.detach(), module.lora_B.detach() * module.lora_scale
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a.cpu().contiguous(), b.cpu().contiguous()
     save_file(state, file, metadata={"format": "pt"})
 
 
@@ -1200,7 +1484,7 @@ def lora_file_scale(file):
         raise ValueError(f"{file} is damaged ({error}): download it again") from None
     if not config and Path(file).name == "adapter_model.safetensors":
         config = read_json(Path(file).with_name("adapter_config.json"))
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    config = {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in config.items()}
     for option in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
         if config.get(option):
             raise ValueError(f"{file}: {option} is not implemented: one rank and one alpha for all layers")
@@ -1217,7 +1501,7 @@ def load_lora(net, file):
             for name, module in layers.items() for part in ("lora_A", "lora_B")}
 
     def rename(key):
-        return key.removeprefix("transformer.").removeprefix("base_model.model.")
+        return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
     with torch.no_grad():
         for name, tensor in read_tensors([file], want, rename):
             want[name].copy_(tensor)
@@ -1236,13 +1520,73 @@ def using(params, values):
         yield
         return
     own = [p.data for p in params]
+    if is_sharded(params):                       # FSDP2 gathers from memory of its own: there, values are copied over
+        own = [data.clone() for data in own]
     try:
-        for p, value in zip(params, values, strict=True):
-            p.data = value
+        _swap(params, values)
         yield
     finally:
-        for p, data in zip(params, own):
-            p.data = data
+        _swap(params, own)
+
+
+def _swap(params, values):
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            if is_sharded([p]):
+                p.copy_(value)
+            else:
+                p.data = value
+
+
+# -------------------------------------------------------------------------------------------------- shards and memory
+
+def shard(net, dtype):
+    """Cut a network's weights into one shard a process (FSDP2): kept in float32, gathered block by block in `dtype`.
+
+    Gradients are summed, not averaged, over the processes. The process group must exist.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    wide = torch.promote_types(dtype, torch.float32)
+    mesh = init_device_mesh(next(net.parameters()).device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
+    for module in [module for module in net.modules() if isinstance(module, net.blocks)] + [net]:
+        fully_shard(module.to(wide), mesh=mesh, mp_policy=policy)     # one block at a time in float32
+        module.set_gradient_divide_factor(1.0)
+
+
+def is_sharded(tensors):
+    """Are these parameters shards of FSDP2?"""
+    return bool(tensors) and hasattr(tensors[0], "to_local")         # a DTensor, whose import takes half a second
+
+
+def local(tensors):
+    """The plain tensors behind a list of parameters: this process's shards, or the parameters' own values."""
+    return [tensor.to_local() if is_sharded([tensor]) else tensor.detach() for tensor in tensors]
+
+
+MEMORY = {                # family -> GB of one GPU -> images at once in training, gradient checkpointing; LoRA, 512 px
+    "sd3": {24: (12, True), 48: (24, True), 80: (16, False), 141: (32, False)},
+    "flux": {48: (6, True), 80: (24, True), 141: (48, True)},
+    "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)}}
+
+
+def memory_plan(family, gigabytes, lora_rank):
+    """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
+
+    For a LoRA at 512 px; full fine-tuning takes a quarter of the images and always checkpoints. Estimates: the weights,
+    and the activations that a block keeps. Raises ValueError with what would fit.
+    """
+    plans = MEMORY.get(family, {})
+    if gigabytes not in (24, 48, 80, 141):
+        raise ValueError(f"--gpu-memory {gigabytes}: 24, 48, 80 or 141")
+    if gigabytes not in plans:
+        fits = f"it wants --gpu-memory {min(plans)}" if plans else "known are sd35m, flux, sd14 and their directories"
+        raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
+    images, checkpointing = plans[gigabytes]
+    if not lora_rank:
+        images, checkpointing = max(1, images // 4), True
+    return {"micro_batch": images, "checkpointing": checkpointing, "offload": gigabytes == 24}
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining

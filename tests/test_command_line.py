@@ -122,7 +122,7 @@ def test_presets(module, preset, numbers, refused):
     """The numbers of the papers and of the released code; without the weights: one line that says what is missing."""
     cfg = data.cli(module.Config, module.PRESETS, ["--preset", preset])
     assert {name: getattr(cfg, name) for name in numbers} == numbers
-    refused(module, ["--preset", preset, "--out", "out"], "sd35m", "directory")
+    refused(module, ["--preset", preset, "--out", "out"], "sd35m", "hf download")
     assert not Path("out").exists()
 
 
@@ -148,7 +148,7 @@ NUMBERS = {"both": {
     "--group-size": (1, 0, -4), "--groups": (0, -2), "--updates": (0,), "--save-every": (0,), "--val-images": (0,),
     "--eval-every": (-1,), "--lr": (0, -1e-4, "nan", "inf", "fast"), "--minutes": (0, -1, "nan"),
     "--weight-decay": (-1,),
-    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (0, -3), "--ema": (-.1, 1, 1.5),
+    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (-3), "--ema": (-.1, 1, 1.5),
     "--kl-beta": (-1, "nan"),
     "--noise-level": (-.5,), "--clip-range": (-1,), "--resolution": (-8, 13), "--lora-rank": (-1,),
     "--cfg-rollout": ("nan", "inf"), "--seed": ("x",)},
