@@ -1127,9 +1127,12 @@ class TextToImage:
         hidden = F.pad(hidden, (0, self.net.config["joint_attention_dim"] - hidden.shape[2]))
         return torch.cat([hidden, *t5], dim=1), pooled
 
+    def _file(self, prompt):
+        return self.folder and self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
     def _kept(self, prompt):
         """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""
-        file = self.folder and self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+        file = self._file(prompt)
         if file and file.is_file():
             with safe_open(file, framework="pt") as tensors:
                 return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
@@ -1158,8 +1161,8 @@ class TextToImage:
                 digest.update(p.flatten()[::max(1, p.numel() // 64)].double().cpu().numpy().tobytes())
         self.folder = Path(folder or HERE / "weights" / "text") / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        mine = sorted(set(prompts))[rank::world]
-        for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0, dynamic_ncols=True):
+        mine = [prompt for prompt in sorted(set(prompts))[rank::world] if not self._file(prompt).is_file()]
+        for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0 or not mine, dynamic_ncols=True):
             self._kept(prompt)
         self.encoders = ()
 

@@ -148,7 +148,7 @@ NUMBERS = {"both": {
     "--group-size": (1, 0, -4), "--groups": (0, -2), "--updates": (0,), "--save-every": (0,), "--val-images": (0,),
     "--eval-every": (-1,), "--lr": (0, -1e-4, "nan", "inf", "fast"), "--minutes": (0, -1, "nan"),
     "--weight-decay": (-1,),
-    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (-3), "--ema": (-.1, 1, 1.5),
+    "--max-grad-norm": (0, -1), "--adv-clip": (0, -5), "--shift": (-3,), "--ema": (-.1, 1, 1.5),
     "--kl-beta": (-1, "nan"),
     "--noise-level": (-.5,), "--clip-range": (-1,), "--resolution": (-8, 13), "--lora-rank": (-1,),
     "--cfg-rollout": ("nan", "inf"), "--seed": ("x",)},
