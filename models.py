@@ -653,7 +653,8 @@ class UNet(nn.Module):
                  transformer_layers_per_block=1, resnet_time_scale_shift="default", resnet_skip_time_act=False,
                  resnet_out_scale_factor=1.0, time_embedding_type="positional", time_embedding_dim=None,
                  timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3, dropout=0.0,
-                 attention_type="default", cross_attention_norm=None, time_embedding_act_fn=None)
+                 attention_type="default", cross_attention_norm=None, time_embedding_act_fn=None,
+                 class_embeddings_concat=False)
 
     def __init__(self, **config):
         super().__init__()
