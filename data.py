@@ -664,6 +664,7 @@ class Run:
             dist.all_reduce(x)
         return x
 
+    @torch.no_grad()
     def update(self, opt, params, max_norm, skip_above=20.0):
         """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
 

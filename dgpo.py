@@ -503,7 +503,7 @@ def train(cfg):
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
-                torch._foreach_lerp_(models.local(ema), models.local(params), 1 - decay)
+                models.move(ema, params, 1 - decay)
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size

@@ -436,7 +436,7 @@ def train(cfg):
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema and run.count["updates"] % cfg.ema_every == 0:
-                torch._foreach_lerp_(models.local(ema), models.local(params), 1 - cfg.ema)
+                models.move(ema, params, 1 - cfg.ema)
         # 5. Report
         run.count["step"] += 1
         run.count["images"] += cfg.groups * cfg.group_size

@@ -1569,6 +1569,12 @@ def local(tensors):
     return [tensor.to_local() if is_sharded([tensor]) else tensor.detach() for tensor in tensors]
 
 
+@torch.no_grad()
+def move(average, params, weight):
+    """Move a moving average towards the parameters by weight, in place: average += weight (params - average)."""
+    torch._foreach_lerp_(local(average), local(params), weight)
+
+
 MEMORY = {                # family -> GB of one GPU -> images at once in training, gradient checkpointing; LoRA, 512 px
     "sd3": {24: (12, True), 48: (24, True), 80: (16, False), 141: (32, False)},
     "flux": {48: (6, True), 80: (24, True), 141: (48, True)},
