@@ -72,7 +72,16 @@ def weight_files(directory):
             file = directory / f"{name}{variant}.safetensors"
             if file.is_file():
                 return [file]
+    for file in sorted(directory.glob("*pytorch_model*.bin")):        # shards included
+        refuse_pickle(file)
     raise FileNotFoundError(f"{directory} holds no *.safetensors weights: download or train the model first")
+
+
+def refuse_pickle(file):
+    """Raises ValueError for a file that only torch.load could read, and would run code from."""
+    if Path(file).suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{file} is a pickle, which can run any code when it is read: a safetensors file is expected. "
+                         f"Download that, or let diffusers or transformers write one: save_pretrained does")
 
 
 def read_tensors(files, want, rename=lambda key: key, ignore=()):
