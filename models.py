@@ -1000,7 +1000,7 @@ class T5Encoder(nn.Module):
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 class CLIPTokenizer:
-    """CLIP's byte-pair tokenizer from vocab.json and merges.txt: a list of strings -> ids (B, length) int64.
+    """CLIP's byte-pair tokenizer from vocab.json and merges.txt, or tokenizer.json: strings -> ids (B, length) int64.
 
     The end-of-text token survives truncation. tokenizer_config.json names the padding: the end of text for CLIP-L; "!",
     id 0, for bigG, and as in transformers every "!" of a prompt is then that special token too.
@@ -1009,16 +1009,25 @@ class CLIPTokenizer:
     def __init__(self, directory):
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
         directory = Path(directory)
-        vocab, merges = directory / "vocab.json", directory / "merges.txt"
-        for file in (vocab, merges):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: a CLIP tokenizer is vocab.json and merges.txt")
+        vocab, merges, both = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+        absent = [file for file in (vocab, merges) if not file.is_file()]
+        if absent and not both.is_file():
+            raise FileNotFoundError(f"{absent[0]} is missing: a CLIP tokenizer is vocab.json and merges.txt, or "
+                                    f"tokenizer.json")
+        options = dict(unk_token="<|endoftext|>", end_of_word_suffix="</w>")
+        if absent:
+            vocab, model = both, read_json(both).get("model") or {}
+            if not {"vocab", "merges"} <= model.keys():
+                raise ValueError(f"{both} holds no byte-pair model of vocab and merges: it is another tokenizer's file")
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            self.bpe = Tokenizer(models.BPE(model["vocab"], pairs, **options))
+        else:
+            self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token", end)
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.length = int(config.get("model_max_length", 77))
-        self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), unk_token=end, end_of_word_suffix="</w>"))
         for token in (start, end, pad):
             if self.bpe.token_to_id(token) is None:
                 raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
@@ -1034,6 +1043,41 @@ class CLIPTokenizer:
 
     def __call__(self, texts):
         rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end] for encoding in self.bpe.encode_batch(texts)]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+class T5Tokenizer:
+    """T5's unigram tokenizer from tokenizer.json: a list of strings -> ids (B, length) int64.
+
+    No start of text; its end, </s>, survives truncation; then <pad>. transformers writes tokenizer.json for a directory
+    that holds only spiece.model. Source: Kudo and Richardson, arXiv:1808.06226.
+    """
+
+    def __init__(self, directory, length):
+        from tokenizers import Tokenizer
+        file = Path(directory) / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: tokenizer.json is needed, spiece.model is not read. transformers, with "
+                f"sentencepiece and protobuf, makes the one of the other:\n"
+                f"    python -c 'from transformers import T5TokenizerFast as T; "
+                f"T.from_pretrained(\"{directory}\").save_pretrained(\"{directory}\")'")
+        kind = (read_json(file).get("model") or {}).get("type")
+        if kind != "Unigram":
+            raise ValueError(f"{file} holds a {kind} model: T5's is Unigram, this is another tokenizer's file")
+        try:
+            self.unigram = Tokenizer.from_file(str(file))
+        except Exception as error:                                    # the library raises nothing more precise
+            raise ValueError(f"{file} is damaged ({error}): download it again") from None
+        self.unigram.no_truncation()
+        self.unigram.no_padding()                                     # a file may hold the settings of its last use
+        self.length, self.end, self.pad = length, *map(self.unigram.token_to_id, ("</s>", "<pad>"))
+        if self.end is None or self.pad is None:
+            raise ValueError(f"{file}: the special tokens </s> and <pad> are missing: this is another tokenizer's file")
+
+    def __call__(self, texts):
+        rows = [encoding.ids[:self.length - 1] + [self.end]
+                for encoding in self.unigram.encode_batch(texts, add_special_tokens=False)]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
