@@ -12,6 +12,7 @@ loads strictly, with no renaming table. Every chapter is tested against the publ
     CLIPText     the CLIP text encoder
     T5Encoder    the T5 v1.1 encoder
     Tokenizers   CLIP's and T5's
+    Originals    from_single_file: the files that the authors of SD3 and FLUX published, in their own names
     Pipeline     load: a directory or a name -> networks, text features, decoding
     Schedules    the list of times of a sampler
     LoRA         add_lora, save_lora, load_lora; other weights for a moment: using
@@ -26,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,22 +75,36 @@ def weight_files(directory):
             file = directory / f"{name}{variant}.safetensors"
             if file.is_file():
                 return [file]
+    for file in sorted(directory.glob("*pytorch_model*.bin")):        # shards included
+        refuse_pickle(file)
     raise FileNotFoundError(f"{directory} holds no *.safetensors weights: download or train the model first")
 
 
-def read_tensors(files, want, rename=lambda key: key, ignore=()):
+def refuse_pickle(file):
+    """Raises ValueError for a file that only torch.load could read, and would run code from."""
+    if Path(file).suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{file} is a pickle, which can run any code when it is read: a safetensors file is expected. "
+                         f"Download that, or let diffusers or transformers write one: save_pretrained does")
+
+
+def read_tensors(files, want, rename=lambda key: key, ignore=(), prefixes=(), optional=()):
     """Yield (name, tensor) from memory-mapped safetensors files: exactly the names and shapes of the dict `want`.
 
-    rename maps a file's key to a name; keys that end in one of `ignore` are skipped. Raises FileNotFoundError, or
-    ValueError naming the damaged file or the first tensor that is unexpected, wrongly shaped or missing.
+    rename maps a file's key to a name; keys that end in one of `ignore` are skipped. A file that has one of `prefixes`
+    holds other networks too: only keys that begin so are read. Names in `optional` may be missing. Raises
+    FileNotFoundError, or ValueError naming the damaged file or the first tensor that is unexpected, wrongly shaped or
+    missing.
     """
-    missing = dict.fromkeys(want)
+    missing = dict.fromkeys(name for name in want if name not in optional)
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys = list(tensors.keys())
+            prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), "")
             for key in keys:
-                name = rename(key)
+                if not key.startswith(prefix):
+                    continue
+                name = rename(key.removeprefix(prefix))
                 if name not in want and key.endswith(tuple(ignore)):
                     continue
                 if name not in want:
@@ -1007,7 +1023,7 @@ class T5Encoder(nn.Module):
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 class CLIPTokenizer:
-    """CLIP's byte-pair tokenizer from vocab.json and merges.txt: a list of strings -> ids (B, length) int64.
+    """CLIP's byte-pair tokenizer from vocab.json and merges.txt, or tokenizer.json: strings -> ids (B, length) int64.
 
     The end-of-text token survives truncation. tokenizer_config.json names the padding: the end of text for CLIP-L; "!",
     id 0, for bigG, and as in transformers every "!" of a prompt is then that special token too.
@@ -1016,16 +1032,25 @@ class CLIPTokenizer:
     def __init__(self, directory):
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
         directory = Path(directory)
-        vocab, merges = directory / "vocab.json", directory / "merges.txt"
-        for file in (vocab, merges):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: a CLIP tokenizer is vocab.json and merges.txt")
+        vocab, merges, both = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+        absent = [file for file in (vocab, merges) if not file.is_file()]
+        if absent and not both.is_file():
+            raise FileNotFoundError(f"{absent[0]} is missing: a CLIP tokenizer is vocab.json and merges.txt, or "
+                                    f"tokenizer.json")
+        options = dict(unk_token="<|endoftext|>", end_of_word_suffix="</w>")
+        if absent:
+            vocab, model = both, read_json(both).get("model") or {}
+            if not {"vocab", "merges"} <= model.keys():
+                raise ValueError(f"{both} holds no byte-pair model of vocab and merges: it is another tokenizer's file")
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            self.bpe = Tokenizer(models.BPE(model["vocab"], pairs, **options))
+        else:
+            self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token", end)
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.length = int(config.get("model_max_length", 77))
-        self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), unk_token=end, end_of_word_suffix="</w>"))
         for token in (start, end, pad):
             if self.bpe.token_to_id(token) is None:
                 raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
@@ -1042,6 +1067,169 @@ class CLIPTokenizer:
     def __call__(self, texts):
         rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end] for encoding in self.bpe.encode_batch(texts)]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+class T5Tokenizer:
+    """T5's unigram tokenizer from tokenizer.json: a list of strings -> ids (B, length) int64.
+
+    No start of text; its end, </s>, survives truncation; then <pad>. transformers writes tokenizer.json for a directory
+    that holds only spiece.model. Source: Kudo and Richardson, arXiv:1808.06226.
+    """
+
+    def __init__(self, directory, length):
+        from tokenizers import Tokenizer
+        file = Path(directory) / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: tokenizer.json is needed, spiece.model is not read. transformers, with "
+                f"sentencepiece and protobuf, makes the one of the other:\n"
+                f"    python -c 'from transformers import T5TokenizerFast as T; "
+                f"T.from_pretrained(\"{directory}\").save_pretrained(\"{directory}\")'")
+        kind = (read_json(file).get("model") or {}).get("type")
+        if kind != "Unigram":
+            raise ValueError(f"{file} holds a {kind} model: T5's is Unigram, this is another tokenizer's file")
+        try:
+            self.unigram = Tokenizer.from_file(str(file))
+        except Exception as error:                                    # the library raises nothing more precise
+            raise ValueError(f"{file} is damaged ({error}): download it again") from None
+        self.unigram.no_truncation()
+        self.unigram.no_padding()                                     # a file may hold the settings of its last use
+        self.length, self.end, self.pad = length, *map(self.unigram.token_to_id, ("</s>", "<pad>"))
+        if self.end is None or self.pad is None:
+            raise ValueError(f"{file}: the special tokens </s> and <pad> are missing: this is another tokenizer's file")
+
+    def __call__(self, texts):
+        rows = [encoding.ids[:self.length - 1] + [self.end]
+                for encoding in self.unigram.encode_batch(texts, add_special_tokens=False)]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+# ----------------------------------------------------------------------------------------------------- original files
+
+# Each row names the same layer twice: in the authors' file and here. # is a number, -# the same counted from the end;
+# {a,b} here stands for {c,d} there; [a,b,c] are stacked there, along the output, in one layer. Beyond names, where a
+# layer gives only a shift and a scale, they come in this order there and in the other, diffusers', here.
+
+MMDIT_NAMES = """
+    pos_embed                                               pos_embed.pos_embed
+    x_embedder.proj                                         pos_embed.proj
+    context_embedder                                        context_embedder
+    {t,y}_embedder.mlp.{0,2}                                time_text_embed.{timestep,text}_embedder.linear_{1,2}
+    joint_blocks.#.{x,context}_block.adaLN_modulation.1     transformer_blocks.#.{norm1,norm1_context}.linear
+    joint_blocks.#.x_block.{attn,attn2}.qkv                 transformer_blocks.#.{attn,attn2}.[to_q,to_k,to_v]
+    joint_blocks.#.x_block.{attn,attn2}.ln_{q,k}            transformer_blocks.#.{attn,attn2}.norm_{q,k}
+    joint_blocks.#.x_block.{attn,attn2}.proj                transformer_blocks.#.{attn,attn2}.to_out.0
+    joint_blocks.#.context_block.attn.qkv                   transformer_blocks.#.attn.[add_q_proj,add_k_proj,add_v_proj]
+    joint_blocks.#.context_block.attn.ln_{q,k}              transformer_blocks.#.attn.norm_added_{q,k}
+    joint_blocks.#.context_block.attn.proj                  transformer_blocks.#.attn.to_add_out
+    joint_blocks.#.{x,context}_block.mlp.{fc1,fc2}          transformer_blocks.#.{ff,ff_context}.net.{0.proj,2}
+    final_layer.adaLN_modulation.1                          norm_out.linear
+    final_layer.linear                                      proj_out
+"""
+FLUX_NAMES = """
+    {img,txt}_in                                         {x,context}_embedder
+    {time,vector,guidance}_in.{in,out}_layer             time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}
+    double_blocks.#.{img,txt}_mod.lin                    transformer_blocks.#.{norm1,norm1_context}.linear
+    double_blocks.#.img_attn.qkv                         transformer_blocks.#.attn.[to_q,to_k,to_v]
+    double_blocks.#.txt_attn.qkv                         transformer_blocks.#.attn.[add_q_proj,add_k_proj,add_v_proj]
+    double_blocks.#.img_attn.norm.{query,key}_norm.scale transformer_blocks.#.attn.norm_{q,k}.weight
+    double_blocks.#.txt_attn.norm.{query,key}_norm.scale transformer_blocks.#.attn.norm_added_{q,k}.weight
+    double_blocks.#.{img,txt}_attn.proj                  transformer_blocks.#.attn.{to_out.0,to_add_out}
+    double_blocks.#.{img,txt}_mlp.{0,2}                  transformer_blocks.#.{ff,ff_context}.net.{0.proj,2}
+    single_blocks.#.modulation.lin                       single_transformer_blocks.#.norm.linear
+    single_blocks.#.linear1                         single_transformer_blocks.#.[attn.to_q,attn.to_k,attn.to_v,proj_mlp]
+    single_blocks.#.norm.{query,key}_norm.scale          single_transformer_blocks.#.attn.norm_{q,k}.weight
+    single_blocks.#.linear2                              single_transformer_blocks.#.proj_out
+    final_layer.adaLN_modulation.1                       norm_out.linear
+    final_layer.linear                                   proj_out
+"""
+VAE_NAMES = """
+    {encoder,decoder}.{conv_in,norm_out,conv_out}   {encoder,decoder}.{conv_in,conv_norm_out,conv_out}
+    encoder.down.#.block.#.{norm,conv}#             encoder.down_blocks.#.resnets.#.{norm,conv}#
+    encoder.down.#.block.#.nin_shortcut             encoder.down_blocks.#.resnets.#.conv_shortcut
+    encoder.down.#.downsample.conv                  encoder.down_blocks.#.downsamplers.0.conv
+    {encoder,decoder}.mid.block_{1,2}.{norm,conv}#  {encoder,decoder}.mid_block.resnets.{0,1}.{norm,conv}#
+    {encoder,decoder}.mid.attn_1.norm               {encoder,decoder}.mid_block.attentions.0.group_norm
+    {encoder,decoder}.mid.attn_1.{q,k,v,proj_out}   {encoder,decoder}.mid_block.attentions.0.{to_q,to_k,to_v,to_out.0}
+    decoder.up.-#.block.#.{norm,conv}#              decoder.up_blocks.#.resnets.#.{norm,conv}#
+    decoder.up.-#.block.#.nin_shortcut              decoder.up_blocks.#.resnets.#.conv_shortcut
+    decoder.up.-#.upsample.conv                     decoder.up_blocks.#.upsamplers.0.conv
+    {quant,post_quant}_conv                         {quant,post_quant}_conv
+"""
+ORIGINAL = {                       # the prefixes that set a network apart in a file of several, and its names
+    MMDiT: (("model.diffusion_model.",), MMDIT_NAMES), Flux: (("model.diffusion_model.",), FLUX_NAMES),
+    VAE: (("first_stage_model.", "vae."), VAE_NAMES),
+    CLIPText: ((), None), T5Encoder: ((), None)}                      # their files have transformers' names
+
+
+def written_out(theirs, ours):
+    """The pairs of names that a row of the tables stands for; a stacked name there meets each of its parts here."""
+    here, there = re.search(r"[{[](.*?)[]}]", ours), re.search(r"{(.*?)}", theirs)
+    if here is None:
+        return [(theirs, ours)]
+    parts = here[1].split(",")
+    if here[0][0] == "[":
+        names = [theirs] * len(parts)
+    else:
+        names = [theirs.replace(there[0], name, 1) for name in there[1].split(",")]
+    return [pair for name, part in zip(names, parts, strict=True)
+            for pair in written_out(name, ours.replace(here[0], part, 1))]
+
+
+def original_names(net):
+    """{name in the original file: the names here of what it holds}: one name, or those that are stacked, in order."""
+    table = ORIGINAL[type(net)][1]
+    if table is None:
+        return {name: [name] for name in net.state_dict()}
+    names = {}
+    for theirs, ours in [pair for row in table.strip().splitlines() for pair in written_out(*row.split())]:
+        pattern = re.compile(ours.replace(".", r"\.").replace("#", r"(\d+)") + r"(\.weight|\.bias|)")
+        for match in filter(None, map(pattern.fullmatch, net.state_dict())):
+            *numbers, end = match.groups()
+            key = theirs + end
+            for i in numbers:
+                slot = re.search("-?#", key)[0]                                          # -# only in the VAE
+                key = key.replace(slot, i if slot == "#" else f"{len(net.decoder.up_blocks) - 1 - int(i)}", 1)
+            names.setdefault(key, []).append(match[0])
+    return names
+
+
+def from_single_file(cls, file, config, dtype=torch.float32, device="cpu"):
+    """A network from the file its authors published: SD3's, FLUX's, their VAE's, clip_l, clip_g or t5xxl.safetensors.
+
+    cls: MMDiT, Flux, VAE, CLIPText or T5Encoder; config: the options of cls, which such a file does not state. Tensors
+    under other networks' prefixes are skipped, all else is strict. One tensor at a time is read, renamed and, where it
+    is stacked, split: memory never holds a second copy. Returns the network in eval mode, without gradients.
+    Raises ValueError or FileNotFoundError naming file and tensor.
+    """
+    if cls not in ORIGINAL:
+        raise ValueError(f"{file}: the original names of a {cls.__name__} are not known: use a directory as diffusers'")
+    refuse_pickle(file)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} is missing: download it first")
+    with torch.device("meta"):                                        # shapes without memory
+        net = cls(**config)
+    ours, names, ignore, optional = net.state_dict(), original_names(net), cls.ignore, ()
+    want = {key: torch.cat([ours[name] for name in parts]) for key, parts in names.items()}
+    if cls is VAE:                                                    # there, its attention is 1 x 1 convolutions
+        want |= {key: w[..., None, None] for key, w in want.items() if ".attn_1." in key and w.ndim == 2}
+    if cls is CLIPText:
+        ignore += ("text_projection.weight", "logit_scale")           # FLUX and SD1 take the pooled state unprojected
+        if net.config["hidden_act"] == "quick_gelu" and "text_projection.weight" in ours:
+            optional = ("text_projection.weight",)                    # and so does SD3 of CLIP-L: its clip_l has none
+    swapped = {f"{name}.linear" for name, module in net.named_modules()
+               if isinstance(module, Modulation) and module.parts == 2}
+    state = {name: torch.eye(*ours[name].shape, dtype=dtype, device=device) for name in optional}
+
+    def rename(key):
+        return key if key in want else cls.rename(key)                # old names of the same tensors
+    for key, tensor in read_tensors([file], want, rename, ignore, ORIGINAL[cls][0], optional):
+        if names[key][0].rpartition(".")[0] in swapped:
+            tensor = tensor.roll(len(tensor) // 2, dims=0)            # (shift, scale) -> (scale, shift)
+        for name, part in zip(names[key], tensor.split([len(ours[name]) for name in names[key]])):
+            state[name] = part.view(ours[name].shape).to(device, dtype, copy=True)
+    net.load_state_dict(state, assign=True)
+    return net.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
