@@ -1043,29 +1043,30 @@ class CLIPTokenizer:
             if not {"vocab", "merges"} <= model.keys():
                 raise ValueError(f"{both} holds no byte-pair model of vocab and merges: it is another tokenizer's file")
             pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-            self.bpe = Tokenizer(models.BPE(model["vocab"], pairs, **options))
+            self.core = Tokenizer(models.BPE(model["vocab"], pairs, **options))
         else:
-            self.bpe = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
+            self.core = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token", end)
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.length = int(config.get("model_max_length", 77))
         for token in (start, end, pad):
-            if self.bpe.token_to_id(token) is None:
+            if self.core.token_to_id(token) is None:
                 raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
-        self.bpe.add_special_tokens([start, end, pad])
-        self.bpe.normalizer = normalizers.Sequence(
+        self.core.add_special_tokens([start, end, pad])
+        self.core.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        self.core.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
              pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        self.bpe.decoder = decoders.ByteLevel()
-        self.start, self.end, self.pad = (self.bpe.token_to_id(token) for token in (start, end, pad))
+        self.core.decoder = decoders.ByteLevel()
+        self.start, self.end, self.pad = (self.core.token_to_id(token) for token in (start, end, pad))
 
     def __call__(self, texts):
-        rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end] for encoding in self.bpe.encode_batch(texts)]
+        rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end]
+                for encoding in self.core.encode_batch(texts)]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
@@ -1089,18 +1090,18 @@ class T5Tokenizer:
         if kind != "Unigram":
             raise ValueError(f"{file} holds a {kind} model: T5's is Unigram, this is another tokenizer's file")
         try:
-            self.unigram = Tokenizer.from_file(str(file))
+            self.core = Tokenizer.from_file(str(file))
         except Exception as error:                                    # the library raises nothing more precise
             raise ValueError(f"{file} is damaged ({error}): download it again") from None
-        self.unigram.no_truncation()
-        self.unigram.no_padding()                                     # a file may hold the settings of its last use
-        self.length, self.end, self.pad = length, *map(self.unigram.token_to_id, ("</s>", "<pad>"))
+        self.core.no_truncation()
+        self.core.no_padding()                                     # a file may hold the settings of its last use
+        self.length, self.end, self.pad = length, *map(self.core.token_to_id, ("</s>", "<pad>"))
         if self.end is None or self.pad is None:
             raise ValueError(f"{file}: the special tokens </s> and <pad> are missing: this is another tokenizer's file")
 
     def __call__(self, texts):
         rows = [encoding.ids[:self.length - 1] + [self.end]
-                for encoding in self.unigram.encode_batch(texts, add_special_tokens=False)]
+                for encoding in self.core.encode_batch(texts, add_special_tokens=False)]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
@@ -1246,17 +1247,26 @@ SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-fo
            "sd14": "CompVis/stable-diffusion-v1-4"}
 VAE_CONFIG = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, latent_channels=16,
                   use_quant_conv=False, use_post_quant_conv=False)
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, eos_token_id=2)
+CLIP_G = dict(hidden_size=1280, intermediate_size=5120, projection_dim=1280, num_hidden_layers=32,
+              num_attention_heads=20, hidden_act="gelu", eos_token_id=2)
+T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 CONFIGS = {                           # the public files', for what comes without: init="random", original single files
     "sd35m": ("StableDiffusion3Pipeline", 3.0, {
         "transformer": dict(sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
                             pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
-        "vae": dict(VAE_CONFIG, scaling_factor=1.5305, shift_factor=0.0609)}),
+        "vae": dict(VAE_CONFIG, scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}),
     "flux": ("FluxPipeline", 0.0, {
-        "transformer": dict(guidance_embeds=True),
-        "vae": dict(VAE_CONFIG, scaling_factor=0.3611, shift_factor=0.1159)}),
+        "transformer": dict(guidance_embeds=True), "vae": dict(VAE_CONFIG, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": dict(CLIP_L, architectures=["CLIPTextModel"]), "text_encoder_2": T5_XXL}),
     "sd14": ("StableDiffusionPipeline", 1.0, {
         "unet": dict(sample_size=64, cross_attention_dim=768),
-        "vae": dict(VAE_CONFIG, sample_size=512, latent_channels=4, use_quant_conv=True, use_post_quant_conv=True)})}
+        "vae": dict(VAE_CONFIG, sample_size=512, latent_channels=4, use_quant_conv=True, use_post_quant_conv=True),
+        "text_encoder": dict(CLIP_L, architectures=["CLIPTextModel"])})}
+BESIDE = {"vae": ("ae",), "text_encoder": ("text_encoders/clip_l", "clip_l"),            # of an original single file
+          "text_encoder_2": ("text_encoders/clip_g", "clip_g"),
+          "text_encoder_3": ("text_encoders/t5xxl_fp16", "text_encoders/t5xxl", "t5xxl_fp16", "t5xxl")}
 
 
 class TextToImage:
@@ -1345,7 +1355,7 @@ class TextToImage:
         from tqdm import tqdm
         digest = hashlib.sha256(repr([self.family, [tokenizer.length for tokenizer in self.tokenizers]]).encode())
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
-            digest.update(repr((encoder.config, next(encoder.parameters()).dtype, tokenizer.bpe.to_str())).encode())
+            digest.update(repr((encoder.config, next(encoder.parameters()).dtype, tokenizer.core.to_str())).encode())
             for p in encoder.parameters():                            # a fingerprint: a few numbers of every tensor
                 digest.update(p.flatten()[::max(1, p.numel() // 64)].double().cpu().numpy().tobytes())
         self.folder = Path(folder or HERE / "weights" / "text") / digest.hexdigest()[:16]
@@ -1502,48 +1512,57 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     """
     if init not in (None, "random"):
         raise ValueError(f"init={init!r}: 'random' or nothing")
-    wide = torch.promote_types(dtype, torch.float32)
-    if init and model in CONFIGS and not weights:
-        return random_pipeline(*CONFIGS[model], dtype, device, text_length)
     directory = Path(weights or {"tiny": TINY_DIR}.get(model) or (model if Path(model).is_dir() else
                                                                   HERE / "weights" / model))
     file, directory = (directory, directory.parent) if directory.is_file() else (None, directory)
-    if not directory.is_dir():
+    known = CONFIGS.get(model) if init or file else None              # these need no directory that describes them
+    if not directory.is_dir() and not (init and known):
         if model in SOURCES:
             raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come by: pip "
                                     f"install huggingface_hub && hf download {SOURCES[model]} --local-dir {directory}")
         raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is tiny, "
                                 f"{', '.join(SOURCES)} or a directory in the diffusers layout")
-    index = read_json(directory / "model_index.json")
-    if index.get("_class_name") not in FAMILIES:
-        raise ValueError(f"{directory}/model_index.json describes a {index.get('_class_name')}: only "
-                         f"{', '.join(FAMILIES)} can be read")
-    family, classes = FAMILIES[index["_class_name"]]
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in UNUSED]
+    if known and not (directory / "model_index.json").is_file():
+        pipeline, shift, configs = known
+        parts = list(configs)
+    else:
+        index = read_json(directory / "model_index.json")
+        pipeline, shift, configs = index.get("_class_name"), read_shift(directory), {}
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in UNUSED]
+    if pipeline not in FAMILIES:
+        raise ValueError(f"{directory}/model_index.json describes a {pipeline}: only {', '.join(FAMILIES)} can be read")
+    family, classes = FAMILIES[pipeline]
     unknown = [name for name in parts if name.replace("tokenizer", "text_encoder") not in classes]
     if unknown:
-        raise ValueError(f"{directory}/model_index.json: a {index['_class_name']} has no part {unknown[0]}")
-    net_name = next(iter(classes))
+        raise ValueError(f"{directory}/model_index.json: a {pipeline} has no part {unknown[0]}")
+    net_name, wide = next(iter(classes)), torch.promote_types(dtype, torch.float32)
     if net_name not in parts:
         raise ValueError(f"{directory}/model_index.json names no {net_name}: this is no complete pipeline")
-    names = [name for name in classes if name.startswith("text_encoder") and name in parts]
-    tokenizers = []
+
+    def config(name):
+        return configs.get(name) or read_json(directory / name / "config.json")
+    if init:
+        return random_pipeline(pipeline, shift, {name: config(name) for name in (net_name, "vae") if name in parts},
+                               dtype, device, text_length)
+
+    def part(name, dtype):
+        cls, folder = classes[name], directory / name
+        if file is None or any(folder.glob("*.safetensors*")) and name != net_name:
+            return cls.from_pretrained(folder, dtype, device)
+        stems = BESIDE["text_encoder_3"] if cls is T5Encoder else BESIDE.get(name, ())   # FLUX's second is T5, too
+        beside = [path for stem in stems if (path := directory / f"{stem}.safetensors").is_file()]
+        return from_single_file(cls, file if name == net_name else (beside or [file])[0], config(name), dtype, device)
+    names, tokenizers = [name for name in classes if name.startswith("text_encoder") and name in parts], []
     for name in names:
         folder = directory / name.replace("text_encoder", "tokenizer")
-        if classes[name] is T5Encoder:
-            tokenizers.append(T5Tokenizer(folder, text_length or 128))
-        else:
-            tokenizers.append(CLIPTokenizer(folder))
-    if init:
-        shapes = {name: read_json(directory / name / "config.json") for name in (net_name, "vae") if name in parts}
-        return random_pipeline(index["_class_name"], read_shift(directory), shapes, dtype, device, text_length)
-    encoders = [classes[name].from_pretrained(directory / name, dtype, device) for name in names]
-    net = classes[net_name].from_pretrained(directory / net_name, dtype, device)
-    vae = VAE.from_pretrained(directory / "vae", wide, device) if "vae" in parts else None
-    pipe = TextToImage(family, net, encoders, tokenizers, vae, read_shift(directory))
+        is_t5 = classes[name] is T5Encoder
+        tokenizers.append(T5Tokenizer(folder, text_length or 128) if is_t5 else CLIPTokenizer(folder))
+    encoders = [part(name, dtype) for name in names]
+    pipe = TextToImage(family, part(net_name, dtype), encoders, tokenizers,
+                       part("vae", wide) if "vae" in parts else None, shift)
     check_widths(pipe, directory)
     if family == "flux" and not text_length:
-        tokenizers[1].length = 512 if net.config["guidance_embeds"] else 256
+        tokenizers[1].length = 512 if pipe.net.config["guidance_embeds"] else 256
     return pipe
 
 
@@ -1743,7 +1762,8 @@ def shard(net, dtype):
     mesh = init_device_mesh(next(net.parameters()).device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     for module in [module for module in net.modules() if isinstance(module, net.blocks)] + [net]:
-        fully_shard(module.to(wide), mesh=mesh, mp_policy=policy)     # one block at a time in float32
+        # One block at a time in float32. Freed after every pass, also the outermost, so that new values are seen.
+        fully_shard(module.to(wide), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
 
 
