@@ -481,8 +481,8 @@ def check_common(cfg):
                          f"{max(1, -(-cfg.groups // world)) * world}.")
     least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
     least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
-    least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level", "shift",
-                                   "text_length")}
+    least |= {name: 0 for name in ("resolution", "lora_rank", "lr_hold", "eval_every", "weight_decay", "noise_level",
+                                   "shift", "text_length")}
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
@@ -665,7 +665,7 @@ class Run:
         return x
 
     @torch.no_grad()
-    def update(self, opt, params, max_norm, skip_above=20.0):
+    def update(self, opt, params, max_norm, rate=None, skip_above=20.0):
         """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
 
         A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
@@ -686,6 +686,8 @@ class Run:
             self.say(f"update {self.count['updates']} skipped: gradient norm {norm:.3g}, limit {limit:.3g}")
         else:
             torch._foreach_mul_(models.local(grads), min(1.0, max_norm / (norm + 1e-6)))
+            for group in opt.param_groups:
+                group["lr"] = group["lr"] if rate is None else rate
             for p, g in zip(params, grads):
                 p.grad = g
             opt.step()
@@ -705,7 +707,7 @@ class Run:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def save(self, params, ema, opt, before):
+    def save(self, params, ema, opt):
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
 
         Sharded weights go by torch.distributed.checkpoint into last/shards-STEP, which state.pt names when it is whole;
@@ -721,16 +723,16 @@ class Run:
         if self.rank == 0:
             buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size
-            torch.save({**big, "before": before, "count": self.count, "norms": self.norms, "written": written}, buffer)
+            torch.save({**big, "count": self.count, "norms": self.norms, "written": written}, buffer)
             write_atomic(self.out / "last" / "state.pt", buffer.getvalue())
             for old in (self.out / "last").glob("shards-*"):
                 if old.name != name:
                     shutil.rmtree(old)
 
     def restore(self, params, ema, opt):
-        """Put the last checkpoint back in place. Returns what it knew of the evaluation before, {} if there is none."""
+        """Put the last checkpoint, if there is one, back in place."""
         if not self.state:
-            return {}
+            return
         state = self.state
         if "shards" in state:
             import torch.distributed.checkpoint as dcp
@@ -742,7 +744,6 @@ class Run:
         restore(params, state["params"])
         restore(ema or [], state["ema"])
         opt.load_state_dict(state["opt"])
-        return state["before"]
 
     def prepare(self, pipe, rows):
         """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts."""
@@ -759,6 +760,11 @@ def write_atomic(path, content):
         f.flush()
         os.fsync(f.fileno())
     os.replace(new, path)
+
+
+def rate(cfg, updates):
+    """The learning rate after so many updates: cfg.lr for lr_hold of them, then lr * lr_hold / updates; 0: constant."""
+    return cfg.lr * min(1.0, cfg.lr_hold / max(updates, 1)) if cfg.lr_hold else cfg.lr
 
 
 def groups(metas, n, group_size, *key):
@@ -849,22 +855,20 @@ def restore(params, values):
             p.copy_(value)
 
 
-def finish(run, pipe, params, start, trained, before, rows, score, evaluate, sample):
-    """End a run: evaluate on test prompts, draw before and after, write the weights, print the final JSON line.
+def finish(run, pipe, params, start, trained, rows, score, evaluate, sample):
+    """End a run: evaluate before and after on test prompts, draw both, write the weights, print the final JSON line.
 
     start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
     evaluate, sample: the algorithm file's own. The second guidance scale, cfg_also, is evaluated for both.
     """
     import models
     cfg, seconds = run.cfg, time.time() - run.start
-    row = {"eval_before": before["eval"]}
-    with models.using(params, trained):
-        row["eval_after"], tags = evaluate(pipe, rows, score, cfg, run, cfg.cfg_eval)
-        if cfg.cfg_also:
-            row["also_after"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
-    if cfg.cfg_also:
-        with models.using(params, start):
-            row["also_before"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
+    row, tags = {}, {}
+    for when, weights in (("before", start), ("after", trained)):
+        with models.using(params, weights):
+            row[f"eval_{when}"], tags[when] = evaluate(pipe, rows, score, cfg, run, cfg.cfg_eval)
+            if cfg.cfg_also:
+                row[f"also_{when}"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
@@ -881,12 +885,13 @@ def finish(run, pipe, params, start, trained, before, rows, score, evaluate, sam
                 models.save_lora(pipe.net, run.out / "lora.safetensors")
             else:
                 pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
-    run.log({**{key: value for key, value in row.items()}, "tags": tags})
+    run.log({**row, "tags": tags["after"]})
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +
             (f"\n{cfg.cfg_also:>10g} {row['also_before']:>8.3f} {row['also_after']:>8.3f}" if cfg.cfg_also else "") +
-            "".join(f"\n{tag or 'all':>16} {before['tags'][tag]:>8.3f} {tags[tag]:>8.3f}" for tag in tags) +
+            "".join(f"\n{tag or 'all':>16} {tags['before'][tag]:>8.3f} {tags['after'][tag]:>8.3f}"
+                    for tag in tags["after"]) +
             f"\npictures: {run.out / 'samples' / 'before_after.png'}")
     if run.rank == 0:
         print(json.dumps({"method": cfg.method, "model": cfg.model, **{k: round(v, 4) for k, v in row.items()},

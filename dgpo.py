@@ -78,7 +78,8 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
-    lr: float = 2e-4                    # AdamW, constant                                          [released code: 3e-4]
+    lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
+    lr_hold: int = 200                  # updates at this rate, which then falls as lr_hold / updates; 0: constant
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -121,7 +122,7 @@ class Config:
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16", lr=3e-4,
                 updates=1, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True, kl_beta=0.02,
-                ref="start", timesteps=4)                             # of all three models
+                ref="start", timesteps=4, lr_hold=0)                  # of all three models
 OFFICIAL = dict(group_size=16, groups=8, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)
 PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)
@@ -421,11 +422,14 @@ def train(cfg):
     run.prepare(pipe, [*rows["train"], *test, *val])
     null = pipe.encode_text([""])
 
-    before = run.restore(params, ema, opt)
-    if not before:
-        before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
-        run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
-        run.log({"eval_test": before["eval"]})
+    run.restore(params, ema, opt)
+    if not run.state:
+        row = {}
+        if cfg.eval_every:
+            row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
+                    f"guidance {cfg.cfg_eval:g}")
+        run.log(row)
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
                desc="dgpo", unit="step", dynamic_ncols=True)
@@ -500,7 +504,7 @@ def train(cfg):
                         ((loss + cfg.kl_beta * kl) * share).backward()
                         shown = (loss if whole is None else whole) * cfg.beta
                         logs += torch.stack([shown, kl, dsm.mean()]).detach() * share
-            grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
@@ -521,11 +525,11 @@ def train(cfg):
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt, before)
+            run.save(params, ema, opt)
         bar.update()
     bar.close()
-    run.save(params, ema, opt, before)
-    data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
+    run.save(params, ema, opt)
+    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
 
 
 def main(argv=None):

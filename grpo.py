@@ -67,7 +67,8 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 32]
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                       [released code]
-    lr: float = 1e-4                    # AdamW, constant                                          [released code: 3e-4]
+    lr: float = 1e-4                    # AdamW                                                    [released code: 3e-4]
+    lr_hold: int = 0                    # updates at this rate, which then falls as lr_hold / updates; 0: constant
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -366,11 +367,15 @@ def train(cfg):
     run.prepare(pipe, [*rows["train"], *test, *val])
     null = pipe.encode_text([""])
 
-    before, checked = run.restore(params, ema, opt), False
-    if not before:
-        before["eval"], before["tags"] = evaluate(pipe, test, eval_score, cfg, run, cfg.cfg_eval)
-        run.say(f"before: {cfg.eval_reward} {before['eval']:.3f} on {len(test)} test images, guidance {cfg.cfg_eval:g}")
-        run.log({"eval_test": before["eval"]})
+    run.restore(params, ema, opt)
+    if not run.state:
+        row = {}
+        if cfg.eval_every:
+            row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
+                    f"guidance {cfg.cfg_eval:g}")
+        run.log(row)
+    checked = False
 
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
@@ -434,7 +439,7 @@ def train(cfg):
                         kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-            grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
@@ -454,11 +459,11 @@ def train(cfg):
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt, before)
+            run.save(params, ema, opt)
         bar.update()
     bar.close()
-    run.save(params, ema, opt, before)
-    data.finish(run, pipe, params, start, ema, before, test, eval_score, evaluate, sample)
+    run.save(params, ema, opt)
+    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
 
 
 def main(argv=None):
