@@ -294,7 +294,7 @@ def test_rewards_that_fail(module, name, words, small, refused, reward_file):
     """In the rollouts and in evaluation; 2 groups of 4, so that the lengths to be named are 8 and 16."""
     refused(module, [*small, "--reward", f"{reward_file}:{name}"], f"{reward_file}:{name}",
             words.replace("8 of 8", "8 of 8 images"))
-    more = ["--eval-images", "16", "--eval-reward", f"{reward_file}:{name}", "--out", "again"]
+    more = ["--val-images", "16", "--eval-every", "1", "--eval-reward", f"{reward_file}:{name}", "--out", "again"]
     refused(module, [*small, *more], f"{reward_file}:{name}", words.replace("8", "16"))
 
 
