@@ -423,11 +423,11 @@ def uniform(n, *key):
     return [rng.random() for _ in range(n)]
 
 
-def cli(config, presets, argv=None):
+def cli(config, presets, argv=None, defaults=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
-    that are given, --gpu-memory's between them. No --preset is "official" for a public model's name, else "tiny".
+    that are given, --gpu-memory's between them, and `defaults` under all. No --preset is "official" for a public model's name, else "tiny".
     Returns the dataclass, whose __post_init__ may raise ValueError.
     """
     import models
@@ -457,7 +457,7 @@ def cli(config, presets, argv=None):
             raise ValueError(f"--preset {preset} has no numbers for --model {model}, only for {', '.join(values)}, "
                              f"known by a directory's model_index.json; without --preset, tiny's numbers hold")
         values = values[family]
-    values = {**values, **given, "model": model, "preset": preset}
+    values = {**(defaults or {}), **values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
         plan = models.memory_plan(family, values["gpu_memory"], values.get("lora_rank", config.lora_rank))
         values = {**values, **plan, **given}
@@ -500,16 +500,22 @@ def check_common(cfg):
         raise ValueError("--merge-lora changes the layers that --compile has compiled: choose one of them")
 
 
-def load_policy(cfg, run):
+def load_policy(cfg, run, fresh=False):
     """The pipeline of a run and its trained parameters: a LoRA's, or all of the network's in float32.
 
     All weights train in float32 under a network that computes in cfg.dtype: by autocast, or by FSDP2's own casts.
+    fresh: a U-ViT is not loaded but made, for training from the start.
     """
     import models
-    pipe = models.load(cfg.model, cfg.weights, models.DTYPES[cfg.dtype], run.device, cfg.init or None,
-                       cfg.text_length or None)
-    net, dtype = pipe.net, models.DTYPES[cfg.dtype]
-    pipe.guidance, pipe.offload, net.checkpointing = cfg.guidance, cfg.offload, cfg.checkpointing
+    dtype = models.DTYPES[cfg.dtype]
+    if fresh:
+        pipe = models.fresh_uvit(cfg.model, cfg.weights or None, cfg.method == "prox", dtype, run.device, cfg.seed)
+    else:
+        pipe = models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None,
+                           cfg.text_length or None)
+    net = pipe.net
+    pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
+    net.checkpointing = cfg.checkpointing
     if cfg.offload and pipe.vae:
         pipe.vae.to("cpu")
     if cfg.lora_rank:

@@ -138,7 +138,7 @@ PRESETS = {                                                           # preset -
 
 # =============================================================================================================== math
 
-# == same: advantage (dgpo grpo) ==
+# == same: advantage (dgpo grpo proxt2i) ==
 def group_advantage(reward, group_size, std="group"):
     """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
 
@@ -337,8 +337,10 @@ def sample(pipe, prompts, keys, cfg, scale):
             x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
             images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
+# == end ==
 
 
+# == same: evaluate (dgpo grpo proxt2i slas) ==
 def evaluate(pipe, rows, score, cfg, run, scale):
     """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
 

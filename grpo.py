@@ -130,7 +130,7 @@ PRESETS = {                                                           # preset -
 
 # =============================================================================================================== math
 
-# == same: advantage (dgpo grpo) ==
+# == same: advantage (dgpo grpo proxt2i) ==
 def group_advantage(reward, group_size, std="group"):
     """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
 
@@ -142,6 +142,7 @@ def group_advantage(reward, group_size, std="group"):
 # == end ==
 
 
+# == same: policy loss (grpo proxt2i slas) ==
 def policy_loss(logp, logp_old, adv, clip_range):
     """Clipped surrogate, Eq. (3), to be minimised.
 
@@ -153,6 +154,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
                   "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+# == end ==
 
 
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
@@ -288,8 +290,10 @@ def sample(pipe, prompts, keys, cfg, scale):
             x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
             images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
+# == end ==
 
 
+# == same: evaluate (dgpo grpo proxt2i slas) ==
 def evaluate(pipe, rows, score, cfg, run, scale):
     """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
 
