@@ -8,6 +8,7 @@ loads strictly, with no renaming table. Every chapter is tested against the publ
     MMDiT        the transformer of SD3 and SD3.5 (joint attention; dual attention and qk norm where the config says so)
     Flux         the transformer of FLUX.1: joint and single blocks, rotary positions
     UNet         the network of Stable Diffusion 1.4 and 1.5
+    UViT         the transformer with long skips of U-ViT and ProxT2I, conditioned on t and, there, on lambda
     VAE          the autoencoder of all three
     CLIPText     the CLIP text encoder
     T5Encoder    the T5 v1.1 encoder
@@ -27,6 +28,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -730,6 +732,182 @@ class UNet(nn.Module):
             if hasattr(stage, "upsamplers"):
                 x = stage.upsamplers[0](x, size=skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# --------------------------------------------------------------------------------------------------------------- UViT
+
+class UViTBlock(nn.Module):
+    """A pre-norm transformer block. skip: it first takes in an earlier block's output, by one Linear on both."""
+
+    def __init__(self, dim, heads, hidden, skip):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim, bias=False), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        if skip:
+            self.skip_linear = nn.Linear(2 * dim, dim)
+
+    def forward(self, x, skip=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=2))                            # (B, N, 2 D) -> (B, N, D)
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))          # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                   # (B, heads, N, D/heads) each
+        x = x + self.attn["proj"](attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class UViT(nn.Module):
+    """U-ViT, a transformer with the long skips of a U-Net: all conditions are tokens. ProxT2I's network.
+
+    forward(x (B, C, H, W), t (B,) in [0, 1], lam (B,) > 0 or None, context (B, L, D_text)) -> (B, C, H, W).
+    lam is the strength of the proximal operator; None, and only None, for a network without it (a score model). L is
+    the config's num_clip_token. Raises ValueError where lam, L, D_text, H or W do not fit the network.
+    Source: Bao et al., arXiv:2209.12152; parameters are named as in the public MS-COCO files, whose small model the
+    defaults are. No library has this class: config.json is our own, its options are the authors', and lam.
+    """
+    public_names, file_name = ("UViT",), "diffusion_pytorch_model"
+    from_pretrained, save_pretrained = classmethod(from_pretrained), save_pretrained
+    rename, ignore, lora_prefix = str, (), ""
+    blocks = (UViTBlock,)
+    lora_targets = ("attn.qkv", "attn.proj")
+    fixed = dict(qkv_bias=False, qk_scale=None, conv=True, skip=True, use_checkpoint=False)
+
+    def __init__(self, img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=12, num_heads=8, mlp_ratio=4,
+                 clip_dim=768, num_clip_token=77, lam=False, mlp_time_embed=False, **other):
+        super().__init__()
+        for name, value in other.items():
+            if not name.startswith("_") and (name not in self.fixed or value != self.fixed[name]):
+                raise ValueError(f"{name}={value!r} is not implemented: of the other options only {self.fixed}")
+        if depth % 2 or embed_dim % (2 * num_heads) or img_size % patch_size:
+            raise ValueError(f"depth={depth}, embed_dim={embed_dim}, img_size={img_size}: they must be multiples of 2 "
+                             f"(the middle block is not counted), 2 * num_heads={2 * num_heads}, patch_size="
+                             f"{patch_size}")
+        self.config = dict(_class_name="UViT", img_size=img_size, in_chans=in_chans, patch_size=patch_size,
+                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+                           clip_dim=clip_dim, num_clip_token=num_clip_token, lam=lam, mlp_time_embed=mlp_time_embed)
+        dim, self.patch, self.channels, self.checkpointing = embed_dim, patch_size, in_chans, False
+        self.side = img_size // patch_size                            # patches along an edge of the position table
+
+        def block(skip=False):
+            return UViTBlock(dim, num_heads, int(dim * mlp_ratio), skip)
+
+        def mlp():
+            return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)})
+        self.time_embed = mlp() if mlp_time_embed else nn.Identity()
+        self.context_embed = nn.Linear(clip_dim, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_clip_token + self.side ** 2, dim))
+        if lam:                                                       # keys of its own, so the public ones stay
+            self.lambda_embed, self.lambda_pos = mlp(), nn.Parameter(torch.zeros(1, 1, dim))
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_size ** 2 * in_chans)
+        self.final_layer = nn.Conv2d(in_chans, in_chans, 3, padding=1)
+
+    def positions(self, h, w):
+        """Positions of the time, text and h x w image tokens, (1, 1 + L + h w, D).
+
+        At the config's size they are pos_embed itself. At any other (ProxT2I's stage at 512 px, or an image that is
+        not square) the image part is interpolated, bicubic: the table keeps its size and is trained through it.
+        """
+        if h == w == self.side:
+            return self.pos_embed
+        first, table = self.pos_embed.split([self.pos_embed.shape[1] - self.side ** 2, self.side ** 2], dim=1)
+        wide = torch.promote_types(table.dtype, torch.float32)
+        table = table.transpose(1, 2).unflatten(2, (self.side, self.side)).to(wide)      # (1, D, side, side)
+        table = F.interpolate(table, size=(h, w), mode="bicubic", align_corners=False).to(first.dtype)
+        return torch.cat([first, table.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, x, t, lam, context):
+        p, dim, tokens = self.patch, self.config["embed_dim"], (self.config["num_clip_token"], self.config["clip_dim"])
+        if (lam is not None) != self.config["lam"]:
+            raise ValueError("this U-ViT is " + ("conditioned on lambda: give lam, (B,)" if lam is None else
+                                                 "not conditioned on lambda: give lam=None, or make it with lam=True"))
+        if context.shape[1:] != tokens:
+            raise ValueError(f"the text is {tuple(context.shape[1:])} (tokens, features), the network's positions and "
+                             f"weights are for {tokens}: pad or cut it, or load the text encoders that belong to it")
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"{x.shape[2]} x {x.shape[3]} is no multiple of {p}, the side of a patch")
+        h, w = x.shape[2] // p, x.shape[3] // p
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)                       # (B, h w, D)
+        time = self.time_embed(sinusoid(t.float() * 1000, dim).to(x.dtype))[:, None]     # (B, 1, D)
+        x = torch.cat([time, self.context_embed(context), x], dim=1) + self.positions(h, w)
+        if lam is not None:
+            # What moves the prox is lambda's ratio, not its difference, and lambda is 1e-3 to 38: hence the logarithm,
+            # -7 to 3.6. Times 10, the fastest wave turns once per factor 1.9 in lambda: smooth between the few values
+            # of a training grid, while one percent of lambda is still a tenth of a radian.
+            lam = self.lambda_embed(sinusoid(10 * lam.float().log(), dim).to(x.dtype))[:, None]
+            x = torch.cat([lam + self.lambda_pos, x], dim=1)                             # (B, [1 +] 1 + L + h w, D)
+        skips = []
+        for block in self.in_blocks:
+            x = checkpointed(self, block, x)
+            skips.append(x)
+        x = checkpointed(self, self.mid_block, x)
+        for block in self.out_blocks:
+            x = checkpointed(self, block, x, skips.pop())                                # the latest first
+        x = self.decoder_pred(self.norm(x[:, -h * w:]))                                  # (B, h w, p*p*C)
+        x = x.view(-1, h, w, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)              # channel last
+        return self.final_layer(x.reshape(-1, self.channels, h * p, w * p))
+
+    def init_weights(self):
+        """Weights to train from, the authors': N(0, 0.02) cut at +-2, convolutions as PyTorch makes them.
+
+        The lambda token starts like all others: behind its first LayerNorm it is as large as the time token, so the
+        output depends on lambda from the first step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+        for table in [self.pos_embed] + ([self.lambda_pos] if self.config["lam"] else []):
+            nn.init.trunc_normal_(table, std=0.02)
+        return self
+
+    @classmethod
+    def from_public(cls, file, config, dtype=torch.float32, device="cpu"):
+        """A network of the authors' mscoco_uvit_small.pth or mscoco_uvit_small_deep.pth, strictly.
+
+        config: the options of the class, which such a file does not state, UVITS["small"] say. Only tensors are
+        unpickled, so the file cannot run code. To start a network with lambda from it: UViT(**config, lam=True)
+        .init_weights().load_state_dict(public.state_dict(), strict=False), which leaves the lambda keys as they are.
+        Returns the network in eval mode, without gradients. Raises ValueError or FileNotFoundError naming the file.
+        """
+        if config.get("lam"):
+            raise ValueError(f"{file}: the public files have no lambda: give lam=False, and read UViT.from_public")
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} is missing: download it first")
+        with torch.device("meta"):                                    # shapes without memory
+            net = cls(**config)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            raise ValueError(f"{file} is damaged, or holds more than tensors, which could run any code when it is "
+                             f"read: download it again from its authors") from None
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise ValueError(f"{file} is no plain table of tensors, as the public files are")
+        ours, theirs = ({key: tuple(tensor.shape) for key, tensor in s.items()} for s in (net.state_dict(), state))
+        wrong = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        if wrong:
+            raise ValueError(f"{file}: {wrong[0]} is {theirs.get(wrong[0], 'missing')} there and "
+                             f"{ours.get(wrong[0], 'missing')} in the network, {len(wrong)} such tensors in all: the "
+                             f"file belongs to another configuration")
+        net.load_state_dict({key: tensor.to(device, dtype, copy=True) for key, tensor in state.items()}, assign=True)
+        return net.eval().requires_grad_(False)
+
+
+UVITS = {                             # 1,653,508, 44,692,644, 58,345,636 and 515,311,568 parameters
+    "tiny": dict(img_size=28, in_chans=3, patch_size=4, embed_dim=128, depth=6, num_heads=4, clip_dim=128,
+                 num_clip_token=16, lam=True),                        # pixels of the tiny world
+    "small": dict(),                                                  # the public MS-COCO files
+    "small-deep": dict(depth=16),
+    # ProxT2I at 256 px: SD3.5's latents, MetaCLIP's 77 tokens and T5's 77, padded to the width of T5-XXL. The paper
+    # says about 500 million parameters, hence U-ViT-H/2's sizes, but neither which T5 nor the lengths of the texts.
+    "uvit": dict(in_chans=16, embed_dim=1152, depth=28, num_heads=16, clip_dim=4096, num_clip_token=154, lam=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- VAE
