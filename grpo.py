@@ -179,7 +179,7 @@ def guided(net, x, t, ctx, null, scale):
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
     for "". Returns the velocity or noise in float32, or float64 for a float64 network.
     """
-    dtype = next(net.parameters()).dtype
+    dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
     t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
     if scale == 1:

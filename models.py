@@ -417,7 +417,8 @@ class MMDiT(nn.Module):
                            caption_projection_dim=caption_projection_dim, pooled_projection_dim=pooled_projection_dim,
                            out_channels=out_channels, pos_embed_max_size=pos_embed_max_size,
                            dual_attention_layers=list(dual_attention_layers), qk_norm=qk_norm)
-        self.patch, self.out_channels, self.checkpointing = patch_size, out_channels, False
+        self.patch, self.channels, self.checkpointing = patch_size, in_channels, False
+        self.out_channels = out_channels
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, dim),
                                               "text_embedder": Embedder(pooled_projection_dim, dim)})
@@ -691,7 +692,7 @@ class UNet(nn.Module):
                 raise ValueError(f"{name}={c[name]}: one of {kinds} for each of {len(widths)} resolutions")
         time, layers, last = widths[0] * 4, c["layers_per_block"], len(widths) - 1
         common = dict(heads=heads, groups=c["norm_num_groups"], eps=c["norm_eps"])
-        self.width, self.patch, self.checkpointing = widths[0], 1, False
+        self.width, self.patch, self.channels, self.checkpointing = widths[0], 1, c["in_channels"], False
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = Embedder(widths[0], time)
         self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
@@ -1414,12 +1415,14 @@ def from_single_file(cls, file, config, dtype=torch.float32, device="cpu"):
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-TINY_DIR = HERE / "tests" / "tiny"
+SHIPPED = {name: HERE / "tests" / name for name in ("tiny", "tiny-prox", "tiny-score")}
+TINY_DIR = SHIPPED["tiny"]
 FAMILIES = {                                                          # model_index.json's class -> the pipeline's parts
     "StableDiffusion3Pipeline": ("sd3", {"transformer": MMDiT, "vae": VAE, "text_encoder": CLIPText,
                                          "text_encoder_2": CLIPText, "text_encoder_3": T5Encoder}),
     "FluxPipeline": ("flux", {"transformer": Flux, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": T5Encoder}),
-    "StableDiffusionPipeline": ("sd14", {"unet": UNet, "vae": VAE, "text_encoder": CLIPText})}
+    "StableDiffusionPipeline": ("sd14", {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}),
+    "UViTPipeline": ("uvit", {"transformer": UViT, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": T5Encoder})}
 UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")         # parts that nothing here needs
 SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
            "sd14": "CompVis/stable-diffusion-v1-4"}
@@ -1487,13 +1490,17 @@ class TextToImage:
         sd3    CLIPs side by side, zeros up to the network's width; T5's tokens behind theirs; pooled CLIPs side by side
         flux   T5's tokens; CLIP's pooled state
         sd14   CLIP's last states, final-normed
+        uvit   the same, then T5's tokens where there is a T5, both padded with zeros to the network's width
         """
         def ids(tokenizer, encoder):
             return tokenizer(prompts).to(next(encoder.parameters()).device)
         if not self.encoders:
             raise RuntimeError(f"the text encoders were freed before {prompts[0]!r} was encoded: prepare it too")
-        if self.family == "sd14":
-            return self.encoders[0].last_hidden(ids(self.tokenizers[0], self.encoders[0])),
+        if self.family in ("sd14", "uvit"):
+            hidden = [getattr(encoder, "last_hidden", encoder)(ids(tokenizer, encoder))
+                      for encoder, tokenizer in zip(self.encoders, self.tokenizers)]
+            width = self.net.config["clip_dim"] if self.family == "uvit" else hidden[0].shape[2]
+            return torch.cat([F.pad(part, (0, width - part.shape[2])) for part in hidden], dim=1),
         outputs = [encoder(ids(tokenizer, encoder)) for encoder, tokenizer in zip(self.encoders, self.tokenizers)]
         if self.family == "flux":
             (_, pooled), tokens = outputs
@@ -1546,6 +1553,11 @@ class TextToImage:
     # -- images -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def encode_images(self, images):
+        """images (B, 3, H', W') in [0, 1] -> latents (B, C, H, W): the VAE's mean, or the pixels in [-1, 1]."""
+        return images * 2 - 1 if self.vae is None else self.vae.encode(images).float()
+
+    @torch.no_grad()
     def decode(self, latents):
         """latents (B, C, H, W) -> images (B, 3, H', W') float32 in [0, 1]."""
         if self.vae is None:
@@ -1563,13 +1575,14 @@ class TextToImage:
         Raises ValueError for a resolution that the network cannot make.
         """
         factor, config = self.vae.factor if self.vae else 1, self.net.config
-        size = resolution or (config.get("sample_size") or 128) * factor                 # FLUX's config names none
+        own = config.get("sample_size") or config.get("img_size") or 128                 # FLUX's config names none
+        size = resolution or own * factor
         if size % (factor * self.net.patch):
             raise ValueError(f"resolution={size} is not a multiple of {factor * self.net.patch}, the side of a patch")
         most = config.get("pos_embed_max_size", math.inf) * factor * self.net.patch
         if size > most:
             raise ValueError(f"resolution={size} is more than {most}, the side of the checkpoint's position table")
-        return getattr(self.net, "channels", config["in_channels"]), size // factor, size // factor
+        return self.net.channels, size // factor, size // factor
 
     def times(self, steps, kind="", shift=0.0, resolution=None):
         """The sampler's times by `schedule`; kind "" and shift 0 stand for the checkpoint's own.
@@ -1612,8 +1625,9 @@ class RandomText:
 
     def __call__(self, prompts):
         config, p = self.pipe.net.config, next(self.pipe.net.parameters())
-        width = config.get("joint_attention_dim") or config["cross_attention_dim"]
-        shapes = [(self.lengths, width)] + [(config["pooled_projection_dim"],)] * (self.pipe.family != "sd14")
+        names = ("joint_attention_dim", "cross_attention_dim", "clip_dim")
+        width = next(config[name] for name in names if name in config)
+        shapes = [(self.lengths, width)] + [(config[name],) for name in ("pooled_projection_dim",) if name in config]
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
         return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
                      .to(p.device, p.dtype) for shape in shapes)
@@ -1626,10 +1640,11 @@ def check_widths(pipe, directory):
     tokens = [c["d_model"] for t5, c in widths if t5]
     pooled = sum(c["projection_dim"] if "CLIPTextModelWithProjection" in c["architectures"] else c["hidden_size"]
                  for c in clip)
-    room = config.get("joint_attention_dim") or config["cross_attention_dim"]
+    room = next(config[name] for name in ("joint_attention_dim", "cross_attention_dim", "clip_dim") if name in config)
     width = sum(c["hidden_size"] for c in clip)
     good = {"sd3": 0 < width <= room and pooled == config.get("pooled_projection_dim") and tokens in ([], [room]),
-            "flux": pooled == config.get("pooled_projection_dim") and tokens == [room], "sd14": width == room}
+            "flux": pooled == config.get("pooled_projection_dim") and tokens == [room], "sd14": width == room,
+            "uvit": 0 < max([width, *tokens]) <= room}
     if not good[pipe.family]:
         raise ValueError(f"{directory}: the text encoders give {width} (CLIP) and {tokens} (T5) features a token and "
                          f"{pooled} pooled, the network takes {room} and {config.get('pooled_projection_dim')}: these "
@@ -1662,18 +1677,44 @@ def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
             torch.set_default_dtype(default)
     vae = nets.pop("vae", None)
     pipe = TextToImage(family, *nets.values(), vae=vae, shift=shift)
-    lengths = {"sd3": 77 + (text_length or 128), "sd14": 77,
+    lengths = {"sd3": 77 + (text_length or 128), "sd14": 77, "uvit": pipe.net.config.get("num_clip_token"),
                "flux": text_length or (512 if pipe.net.config.get("guidance_embeds") else 256)}
     pipe.encode = RandomText(pipe, lengths[family])
     return pipe
 
 
+def fresh_uvit(model, weights, lam, dtype, device, seed):
+    """A pipeline with an untrained U-ViT: tiny-prox and tiny-score, or uvit beside the encoders and VAE of a directory.
+
+    weights: the directory with text_encoder/, tokenizer/ and so on; None: the tiny model's, or weights/uvit. lam: with
+    the condition on lambda, for a proximal model. Raises FileNotFoundError naming what is missing.
+    """
+    tiny = model.startswith("tiny")
+    directory = Path(weights or (TINY_DIR if tiny else HERE / "weights" / "uvit"))
+    if not (directory / "text_encoder").is_dir():
+        raise FileNotFoundError(f"{directory / 'text_encoder'} does not exist: training --model {model} takes its text "
+                                f"encoders and VAE from there (text_encoder, text_encoder_2, vae and their tokenizers, "
+                                f"as diffusers has them)")
+    torch.manual_seed(seed)
+    net = UViT(**UVITS["tiny" if tiny else "uvit"], lam=lam).init_weights().to(device, dtype)
+    encoders, tokenizers = [], []
+    for suffix, cls in (("", CLIPText), ("_2", T5Encoder)):
+        if (directory / f"text_encoder{suffix}").is_dir():
+            encoders.append(cls.from_pretrained(directory / f"text_encoder{suffix}", dtype, device))
+            folder = directory / f"tokenizer{suffix}"
+            tokenizers.append(CLIPTokenizer(folder) if cls is CLIPText else T5Tokenizer(folder, 77))
+    vae = VAE.from_pretrained(directory / "vae", device=device) if (directory / "vae").is_dir() else None
+    pipe = TextToImage("uvit", net, encoders, tokenizers, vae)
+    pipe.source = directory
+    return pipe
+
+
 def family(model, weights=""):
-    """sd3, flux or sd14 of a name or a directory, from its model_index.json alone; None where that is not to be had."""
+    """sd3, flux, sd14 or uvit of a name or a directory, from its model_index.json alone; None where that is not to be had."""
     if model in CONFIGS:
         return FAMILIES[CONFIGS[model][0]][0]
     try:
-        name = read_json(Path(weights or {"tiny": TINY_DIR}.get(model, model)) / "model_index.json").get("_class_name")
+        name = read_json(Path(weights or SHIPPED.get(model, model)) / "model_index.json").get("_class_name")
     except (OSError, ValueError):
         return None
     return FAMILIES.get(name, (None,))[0]
@@ -1690,7 +1731,7 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     """
     if init not in (None, "random"):
         raise ValueError(f"init={init!r}: 'random' or nothing")
-    directory = Path(weights or {"tiny": TINY_DIR}.get(model) or (model if Path(model).is_dir() else
+    directory = Path(weights or SHIPPED.get(model) or (model if Path(model).is_dir() else
                                                                   HERE / "weights" / model))
     file, directory = (directory, directory.parent) if directory.is_file() else (None, directory)
     known = CONFIGS.get(model) if init or file else None              # these need no directory that describes them
@@ -1938,11 +1979,17 @@ def shard(net, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     wide = torch.promote_types(dtype, torch.float32)
     mesh = init_device_mesh(next(net.parameters()).device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)     # times stay wide
     for module in [module for module in net.modules() if isinstance(module, net.blocks)] + [net]:
         # One block at a time in float32. Freed after every pass, also the outermost, so that new values are seen.
         fully_shard(module.to(wide), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
+    net.compute_dtype = dtype
+
+
+def compute_dtype(net):
+    """The dtype that a network's inputs want: its shards', or its weights' own."""
+    return getattr(net, "compute_dtype", None) or next(net.parameters()).dtype
 
 
 def is_sharded(tensors):
