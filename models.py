@@ -1333,8 +1333,11 @@ class TextToImage:
         """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""
         file = self._file(prompt)
         if file and file.is_file():
-            with safe_open(file, framework="pt") as tensors:
-                return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}): delete it, the next run encodes it again") from None
         parts = self.encode([prompt])
         if file:
             new = file.with_suffix(f".{os.getpid()}")                                    # another process may write too
