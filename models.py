@@ -1438,8 +1438,10 @@ class RandomText:
     def __call__(self, prompts):
         config, p = self.pipe.net.config, next(self.pipe.net.parameters())
         width = config.get("joint_attention_dim") or config["cross_attention_dim"]
-        shapes = [(self.lengths, width)] + [(config["pooled_projection_dim"],)] * (self.pipe.family != "sd14")
-        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
+        shapes = [(self.lengths, width)]
+        if self.pipe.family != "sd14":
+            shapes.append((config["pooled_projection_dim"],))
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
         return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
                      .to(p.device, p.dtype) for shape in shapes)
 
