@@ -1499,9 +1499,10 @@ def family(model, weights=""):
     """sd3, flux or sd14 of a name or a directory, from its model_index.json alone; None where that is not to be had."""
     if model in CONFIGS:
         return FAMILIES[CONFIGS[model][0]][0]
+    directory = Path(weights or {"tiny": TINY_DIR}.get(model, model))
     try:
-        name = read_json(Path(weights or {"tiny": TINY_DIR}.get(model, model)) / "model_index.json").get("_class_name")
-    except (OSError, ValueError):
+        name = read_json((directory.parent if directory.is_file() else directory) / "model_index.json")["_class_name"]
+    except (OSError, ValueError, KeyError):
         return None
     return FAMILIES.get(name, (None,))[0]
 
