@@ -1557,7 +1557,15 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
             return cls.from_pretrained(folder, dtype, device)
         stems = BESIDE["text_encoder_3"] if cls is T5Encoder else BESIDE.get(name, ())   # FLUX's second is T5, too
         beside = [path for stem in stems if (path := directory / f"{stem}.safetensors").is_file()]
-        return from_single_file(cls, file if name == net_name else (beside or [file])[0], config(name), dtype, device)
+        source = file if name == net_name else (beside or [file])[0]
+        try:
+            return from_single_file(cls, source, config(name), dtype, device)
+        except ValueError as error:
+            if name == net_name or beside:
+                raise
+            names = " or ".join(f"{stem}.safetensors" for stem in stems)
+            raise FileNotFoundError(f"the {name} is neither in {folder} nor, as {names}, beside {file}, nor inside it "
+                                    f"({error})") from None
     names, tokenizers = [name for name in classes if name.startswith("text_encoder") and name in parts], []
     for name in names:
         folder = directory / name.replace("text_encoder", "tokenizer")
