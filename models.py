@@ -1600,10 +1600,10 @@ def schedule(steps, shift=1.0, kind="linear"):
     dpm     the times of DGPO's DPM-Solver++ on flow sigmas: starts just under 1, where its log-SNR is finite
     ddim    integer DDPM steps instead, for ALPHA_BAR: diffusers' DDIMScheduler as Stable Diffusion 1 configures it
             ("leading", offset 1), and 0, whose alpha_bar is the one that its last step arrives at
-    Raises ValueError for steps < 1 (and for ddim > 1000) or an unknown kind.
+    Raises ValueError for steps < 1 (and for ddim > 999: the offset is one step) or an unknown kind.
     """
-    if steps < 1 or (kind == "ddim" and steps > 1000):
-        raise ValueError(f"steps={steps}: a sampler takes at least one step, DDIM at most 1000")
+    if steps < 1 or (kind == "ddim" and steps > 999):
+        raise ValueError(f"steps={steps}: a sampler takes at least one step, DDIM at most 999")
 
     def shifted(t):
         return shift * t / (1 + (shift - 1) * t)
