@@ -1726,6 +1726,7 @@ def load_lora(net, file):
             for name, module in layers.items() for part in ("lora_A", "lora_B")}
 
     def rename(key):
+        key = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")    # diffusers' scripts for SD1
         return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
     with torch.no_grad():
         for name, tensor in read_tensors([file], want, rename):
