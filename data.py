@@ -25,6 +25,7 @@ import textwrap
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -427,7 +428,8 @@ def cli(config, presets, argv=None, defaults=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
-    that are given, --gpu-memory's between them, and `defaults` under all. No --preset is "official" for a public model's name, else "tiny".
+    that are given, --gpu-memory's between them, and `defaults` under all. No --preset is "official" for a public
+    model's name, else "tiny".
     Returns the dataclass, whose __post_init__ may raise ValueError.
     """
     import models
@@ -484,7 +486,7 @@ def check_common(cfg):
     least |= {name: 0 for name in ("resolution", "lora_rank", "lr_hold", "eval_every", "weight_decay", "noise_level",
                                    "shift", "text_length")}
     for name, low in least.items():
-        if not getattr(cfg, name) >= low:
+        if not getattr(cfg, name, low) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
     for name in ("lr", "minutes", "max_grad_norm", "adv_clip"):
         if not getattr(cfg, name) > 0:
@@ -777,6 +779,53 @@ def groups(metas, n, group_size, *key):
     """n prompts drawn for one step, each repeated group_size times: (prompts, metas), n * group_size long."""
     rows = [meta for meta in draw_prompts(metas, n, mix(*key)) for _ in range(group_size)]
     return [meta["prompt"] for meta in rows], rows
+
+
+class Optimizers(list):
+    """Several optimizers as one: step, zero_grad, param_groups and the state of all."""
+
+    @property
+    def param_groups(self):
+        return [group for opt in self for group in opt.param_groups]
+
+    def step(self):
+        for opt in self:
+            opt.step()
+
+    def zero_grad(self, set_to_none=True):
+        for opt in self:
+            opt.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [opt.state_dict() for opt in self]
+
+    def load_state_dict(self, states):
+        for opt, state in zip(self, states, strict=True):
+            opt.load_state_dict(state)
+
+
+def optimizer(cfg, net, params):
+    """AdamW; or for cfg.optimizer "muon" Muon on the matrices and AdamW on the rest, at rates that go together."""
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    matrices = [p for p in params if p.ndim == 2]
+    return Optimizers([torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                        adjust_lr_fn="match_rms_adamw"),
+                       torch.optim.AdamW([p for p in params if p.ndim != 2], lr=cfg.lr, weight_decay=0.0,
+                                         betas=(0.9, 0.99))])
+
+
+class WorldStream:
+    """Training batches of the tiny world, drawn one ahead while the last is used: stream(step) -> images, captions."""
+
+    def __init__(self, seed, rank, batch, size):
+        self.draw, self.artist, self.ahead = functools.partial(world_batch, seed), ThreadPoolExecutor(1), {}
+        self.rest = rank, batch, size
+
+    def __call__(self, step):
+        now = self.ahead.pop(step, None) or self.artist.submit(self.draw, step, *self.rest)
+        self.ahead = {step + 1: self.artist.submit(self.draw, step + 1, *self.rest)}
+        return now.result()[:2]
 
 
 def scored(name, score, images, prompts, metas):

@@ -30,6 +30,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1518,8 +1519,11 @@ class TextToImage:
         """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""
         file = self._file(prompt)
         if file and file.is_file():
-            with safe_open(file, framework="pt") as tensors:
-                return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    return [tensors.get_tensor(key) for key in sorted(tensors.keys())]
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}): delete it, the next run encodes it again") from None
         parts = self.encode([prompt])
         if file:
             new = file.with_suffix(f".{os.getpid()}")                                    # another process may write too
@@ -1598,7 +1602,6 @@ class TextToImage:
             shift = flux_shift(math.prod(self.latent_shape(resolution)[1:]) // 4)
         return schedule(steps, shift or self.shift, kind)
 
-
     def solver(self, name=""):
         """The ODE solver's name; empty: ddim for a DDPM network, else euler. ValueError for one that cannot be."""
         name = name or ("ddim" if self.ddpm else "euler")
@@ -1606,7 +1609,6 @@ class TextToImage:
             only = "ddim" if self.ddpm else "euler or dpm"
             raise ValueError(f"--solver {name} does not suit {self.family}: try --solver {only}")
         return name
-
 
     def sde(self, kind=""):
         """The kind of stochastic step; empty: ddim for a DDPM network, else flow. ValueError for one that cannot be."""
@@ -1628,7 +1630,7 @@ class RandomText:
         names = ("joint_attention_dim", "cross_attention_dim", "clip_dim")
         width = next(config[name] for name in names if name in config)
         shapes = [(self.lengths, width)] + [(config[name],) for name in ("pooled_projection_dim",) if name in config]
-        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
         return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
                      .to(p.device, p.dtype) for shape in shapes)
 
@@ -1696,7 +1698,7 @@ def fresh_uvit(model, weights, lam, dtype, device, seed):
                                 f"encoders and VAE from there (text_encoder, text_encoder_2, vae and their tokenizers, "
                                 f"as diffusers has them)")
     torch.manual_seed(seed)
-    net = UViT(**UVITS["tiny" if tiny else "uvit"], lam=lam).init_weights().to(device, dtype)
+    net = UViT(**UVITS["tiny" if tiny else "uvit"] | {"lam": lam}).init_weights().to(device, dtype)
     encoders, tokenizers = [], []
     for suffix, cls in (("", CLIPText), ("_2", T5Encoder)):
         if (directory / f"text_encoder{suffix}").is_dir():
@@ -1709,13 +1711,29 @@ def fresh_uvit(model, weights, lam, dtype, device, seed):
     return pipe
 
 
+def save_uvit(pipe, directory, dtype):
+    """Write a U-ViT's pipeline: its network, and the text encoders and VAE of the directory that they came from."""
+    directory = Path(directory)
+    save_pretrained(pipe.net, directory / "transformer", dtype)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    index = {"_class_name": "UViTPipeline", "transformer": ["models", "UViT"]}
+    for name, library in (("text_encoder", "transformers"), ("tokenizer", "transformers"),
+                          ("text_encoder_2", "transformers"), ("tokenizer_2", "transformers"), ("vae", "diffusers")):
+        if (pipe.source / name).is_dir():
+            shutil.copytree(pipe.source / name, directory / name, dirs_exist_ok=True)
+            index[name] = [library, "as beside it"]
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def family(model, weights=""):
-    """sd3, flux, sd14 or uvit of a name or a directory, from its model_index.json alone; None where that is not to be had."""
+    """sd3, flux, sd14 or uvit of a name or a directory, by its model_index.json alone; None where there is none."""
     if model in CONFIGS:
         return FAMILIES[CONFIGS[model][0]][0]
+    directory = Path(weights or SHIPPED.get(model, model))
     try:
-        name = read_json(Path(weights or SHIPPED.get(model, model)) / "model_index.json").get("_class_name")
-    except (OSError, ValueError):
+        name = read_json((directory.parent if directory.is_file() else directory) / "model_index.json")["_class_name"]
+    except (OSError, ValueError, KeyError):
         return None
     return FAMILIES.get(name, (None,))[0]
 
@@ -1770,7 +1788,15 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
             return cls.from_pretrained(folder, dtype, device)
         stems = BESIDE["text_encoder_3"] if cls is T5Encoder else BESIDE.get(name, ())   # FLUX's second is T5, too
         beside = [path for stem in stems if (path := directory / f"{stem}.safetensors").is_file()]
-        return from_single_file(cls, file if name == net_name else (beside or [file])[0], config(name), dtype, device)
+        source = file if name == net_name else (beside or [file])[0]
+        try:
+            return from_single_file(cls, source, config(name), dtype, device)
+        except ValueError as error:
+            if name == net_name or beside:
+                raise
+            names = " or ".join(f"{stem}.safetensors" for stem in stems)
+            raise FileNotFoundError(f"the {name} is neither in {folder} nor, as {names}, beside {file}, nor inside it "
+                                    f"({error})") from None
     names, tokenizers = [name for name in classes if name.startswith("text_encoder") and name in parts], []
     for name in names:
         folder = directory / name.replace("text_encoder", "tokenizer")
@@ -1779,6 +1805,7 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     encoders = [part(name, dtype) for name in names]
     pipe = TextToImage(family, part(net_name, dtype), encoders, tokenizers,
                        part("vae", wide) if "vae" in parts else None, shift)
+    pipe.source = directory
     check_widths(pipe, directory)
     if family == "flux" and not text_length:
         tokenizers[1].length = 512 if pipe.net.config["guidance_embeds"] else 256
@@ -1805,10 +1832,10 @@ def schedule(steps, shift=1.0, kind="linear"):
     dpm     the times of DGPO's DPM-Solver++ on flow sigmas: starts just under 1, where its log-SNR is finite
     ddim    integer DDPM steps instead, for ALPHA_BAR: diffusers' DDIMScheduler as Stable Diffusion 1 configures it
             ("leading", offset 1), and 0, whose alpha_bar is the one that its last step arrives at
-    Raises ValueError for steps < 1 (and for ddim > 1000) or an unknown kind.
+    Raises ValueError for steps < 1 (and for ddim > 999: the offset is one step) or an unknown kind.
     """
-    if steps < 1 or (kind == "ddim" and steps > 1000):
-        raise ValueError(f"steps={steps}: a sampler takes at least one step, DDIM at most 1000")
+    if steps < 1 or (kind == "ddim" and steps > 999):
+        raise ValueError(f"steps={steps}: a sampler takes at least one step, DDIM at most 999")
 
     def shifted(t):
         return shift * t / (1 + (shift - 1) * t)
@@ -1931,6 +1958,7 @@ def load_lora(net, file):
             for name, module in layers.items() for part in ("lora_A", "lora_B")}
 
     def rename(key):
+        key = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")    # diffusers' scripts for SD1
         return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
     with torch.no_grad():
         for name, tensor in read_tensors([file], want, rename):
@@ -1988,8 +2016,9 @@ def shard(net, dtype):
 
 
 def compute_dtype(net):
-    """The dtype that a network's inputs want: its shards', or its weights' own."""
-    return getattr(net, "compute_dtype", None) or next(net.parameters()).dtype
+    """The dtype that a network's inputs want: its shards', its weights' own, or float32 of a plain function."""
+    weights = net.parameters() if isinstance(net, nn.Module) else ()
+    return getattr(net, "compute_dtype", None) or next((p.dtype for p in weights), torch.float32)
 
 
 def is_sharded(tensors):
