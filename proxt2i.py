@@ -1,0 +1,724 @@
+"""ProxT2I: text to image by learned proximal operators, and GRPO on the sampler's own chain, in one file.
+
+A score sampler walks the reverse diffusion forwards: it trusts the slope where it stands. A proximal sampler takes the
+step backwards: it adds the step's noise first, then lands where the slope at the landing point explains the step. That
+point is a proximal operator of the log-density, and a network can learn it. Few steps suffice, and the chain is random
+by itself, so that policy gradients need no noise of their own.
+Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is this file's number, [n] the paper's.
+
+    (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral over a step    beta_integral
+    (2) [8]    l = 1 - exp(-|pred - target|^2 / (d zeta^2)); zeta -> 0 finds the proximal operator   prox_matching_loss
+    (3) [8]    y = X_t + sqrt(lam) eps; the network predicts (y - prox) / sqrt(lam), so its target is eps         train
+    (4) [4, 6] y = (1 + gamma/2) x + sqrt(gamma) xi,  x' = prox(y; t', gamma)                          pda_hybrid_step
+    (5) [3.1]  y = (x + sqrt(gamma) xi) / (1 - gamma/2),  x' = prox(y; t', gamma / (1 - gamma/2))             pda_step
+    (6) [7]    f = prox_null + s (prox_text - prox_null); the paper's omega is s - 1                            guided
+    (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
+    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')        rl
+
+Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
+halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
+the ++(2M) variant; the score chain's last step is its mean, as the proximal chain's last adds no noise either.
+
+    python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
+    python proxt2i.py train --method prox --out OUT     # proximal matching (or noise prediction: --method score)
+    python proxt2i.py rl | sample | compare | finetune  # the other stages; all flags: --help
+"""
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+import data
+import models
+import rewards
+from csrc import ops
+
+# ============================================================================================================= Config
+
+STAGES = ("compare", "rl", "train", "finetune", "sample")
+
+
+@dataclass
+class Config:
+    model: str = "tiny-prox"            # tiny-prox, tiny-score, uvit, or a directory
+    weights: str = ""                   # its directory, where it is not weights/<model>
+    init: str = ""                      # random: random weights at full size, to measure without a download
+    stage: str = "rl"                   # compare, rl, train, finetune, sample: the first word of the command line
+    method: str = "prox"                # prox, or score: noise prediction, sampled by Euler-Maruyama in rl
+    preset: str = ""                    # tiny, paper
+    reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
+    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
+    steps: int = 100000                 # rollouts; in training, optimizer steps
+    minutes: float = 2.0                # stop after so many, evaluation at the end not counted
+    sample_steps: int = 10              # N, steps of a rollout                                    [paper, Sec. 4.3]
+    eval_steps: int = 10                # the same for evaluation
+    sampler: str = ""                   # hybrid, pda; sde, ode, dpm for a score model; empty: hybrid, or dpm
+    compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
+    compare_with: str = "tiny-score"    # the score model beside the proximal one; empty: none
+    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
+    group_size: int = 24                # G, images a prompt                                       [paper, Sec. 4.3]
+    resolution: int = 0                 # pixels; 0: the checkpoint's own
+    scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
+    candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, Sec. 4.1]
+    zeta: float = 1.0                   # width of the matching loss                               [paper, Sec. 4.1]
+    zeta_start: float = 0.0             # ProxDM: falls from here to zeta after the warm-up; 0: constant   [ProxDM: 2]
+    warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
+    zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, or x: zeta / sqrt(lam)
+    drop: float = 0.1                   # share of captions emptied                                [paper, Sec. 3.2]
+    batch: int = 64                     # training images a step, over all processes               [paper: 2048]
+    images: str = "shapes"              # training images: shapes (the tiny world), a folder, or tar shards
+    optimizer: str = "muon"             # of training: muon (matrices; the rest AdamW), adamw
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups
+    train_steps: int = 0                # steps trained of each rollout, drawn anew; 0: all N - 1
+    clip_range: float = 2e-3            # c in Eq. (8)
+    kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
+    adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
+    adv_std: str = "group"              # std of the advantage: group, batch or none
+    ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
+    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [paper: 5]
+    cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
+    cfg_ref: float = 1.0                # of the reference in the KL
+    cfg_eval: float = 1.0               # of evaluation
+    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    lora_rank: int = 0                  # 0: train all weights
+    lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
+    lr: float = 1e-4                    # AdamW; in training 2e-3 for tiny                         [paper: 8e-5]
+    lr_hold: int = 0                    # updates at this rate, which then falls as lr_hold / updates; 0: constant
+    weight_decay: float = 1e-4          # AdamW
+    max_grad_norm: float = 1.0          # gradients are clipped to it
+    micro_batch: int = 96               # images at once; rollouts take whole groups
+    gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
+    checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
+    offload: bool = False               # the VAE waits on the CPU while the network works
+    compile: bool = False               # torch.compile of the network's blocks
+    merge_lora: bool = False            # the LoRA is added into the weights in evaluation; rounds in bf16
+    fsdp: bool = False                  # FSDP2: weights and optimizer in shards (full fine-tuning, torchrun)
+    text_length: int = 0                # T5's tokens; 0: the model's own
+    text_cache: str = ""                # folder of the encoded prompts; empty: weights/text, nothing for small encoders
+    dtype: str = "float32"              # the network computes in float32, bfloat16; float64 for tests
+    eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
+    eval_images: int = 600              # test images, before and after
+    val_images: int = 240               # validation images, on the way
+    save_every: int = 10                # steps between checkpoints
+    seed: int = 0                       # everything random is a function of (seed, step, group)
+    out: str = ""                       # the run's folder; empty: a free runs/proxt2i-NNN
+    resume: bool = False                # go on from OUT/last, bit for bit
+    fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
+
+    def __post_init__(self):
+        data.check_common(self)
+        for name, options in dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
+                                  sampler=("", *SAMPLERS), zeta_space=("residual", "x"), optimizer=("muon", "adamw"),
+                                  adv_std=("group", "batch", "none")).items():
+            data.choose(name, getattr(self, name), options)
+        for name in ("candidates", "compare_steps"):
+            counts(name, getattr(self, name))
+        if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1:
+            raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
+                             f"{self.warmup}: between 0 and 1")
+        if self.zeta <= 0 or self.zeta_start < 0 or self.clip_range <= 0 or self.kl_beta < 0 or self.batch < 1:
+            raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
+                             f"{self.zeta_start} and --kl-beta {self.kl_beta} 0 or more, --batch {self.batch} positive")
+        if self.groups % self.updates:
+            raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
+        if self.stage == "rl" and not 2 <= self.sample_steps:
+            raise ValueError(f"--sample-steps {self.sample_steps}: N steps have N - 1 that are Gaussian, so 2 or more")
+        if not 0 <= self.train_steps < max(self.sample_steps, 1):
+            raise ValueError(f"--train-steps {self.train_steps}: between 0 (all) and {self.sample_steps - 1}, one less "
+                             f"than --sample-steps")
+        if self.scheme == "pda":
+            for n in counts("candidates", self.candidates):
+                pda_lambdas(n)
+
+
+SAMPLERS = {"hybrid": "prox", "pda": "prox", "sde": "score", "ode": "score", "dpm": "score"}      # and whose they are
+PAPER = dict(reward="pickscore", eval_reward="pickscore", resolution=256, dtype="bfloat16", groups=12, group_size=24,
+             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6,
+             kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
+PRESETS = {"tiny": {}, "paper": {"uvit": PAPER}}
+TRAIN = dict(lr=2e-3, ema=0.9985, steps=6000, minutes=1e6, weight_decay=0.01, eval_every=500, save_every=250,
+             val_images=240, micro_batch=256)                         # the tiny models' recipe
+STAGE_DEFAULTS = {"train": TRAIN, "finetune": {**TRAIN, "lr": 2e-4, "steps": 2000}}
+
+
+def counts(name, text):
+    """The numbers of steps in a comma-separated list. Raises ValueError for anything else, or less than 1."""
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise ValueError(f"--{name.replace('_', '-')} {text!r}: numbers of steps, 1 or more, as 4,6,10")
+    return values
+
+
+# =============================================================================================================== math
+
+# == same: advantage (dgpo grpo proxt2i) ==
+def group_advantage(reward, group_size, std="group"):
+    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+
+    reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
+    std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
+    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    """
+    return ops.group_advantage(reward, group_size, std)
+# == end ==
+
+
+def beta_integral(t0, t1):
+    """The integral of beta(t) = 0.1 + 19.9 t from t0 to t1, Eq. (1): the gamma of a step. Floats or tensors."""
+    return 0.1 * (t1 - t0) + 9.95 * (t1 ** 2 - t0 ** 2)
+
+
+def alpha_bar(t):
+    """exp(-int_0^t beta): X_t = sqrt(alpha_bar) X_0 + sqrt(1 - alpha_bar) eps. t: a float, or a tensor."""
+    gamma = beta_integral(0.0, t)
+    return gamma.neg().exp() if torch.is_tensor(gamma) else math.exp(-gamma)
+
+
+def pda_lambdas(n):
+    """PDA's lambda = gamma / (1 - gamma/2) of n uniform steps, from t = 1 down. Raises ValueError where gamma >= 2."""
+    gammas = [beta_integral(k / n, (k + 1) / n) for k in reversed(range(n))]
+    if gammas[0] >= 2:
+        least = next(m for m in range(n, 1000) if beta_integral(1 - 1 / m, 1.0) < 2)
+        raise ValueError(f"{n} steps of PDA: gamma of the first is {gammas[0]:.2f}, and Eq. (5) divides by 1 - "
+                         f"gamma/2: gamma < 2 takes {least} steps or more; the hybrid scheme takes any number")
+    return [gamma / (1 - gamma / 2) for gamma in gammas]
+
+
+def prox_matching_loss(pred, target, zeta):
+    """Proximal matching, Eq. (2): 1 - exp(-|pred - target|^2 / (d zeta^2)), to be minimised.
+
+    pred, target: (B, ...) of d numbers each; zeta: a float > 0, or (B,). Small zeta: only hits count, and the minimiser
+    tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Source: [8].
+    """
+    return ops.prox_matching_loss(pred, target, zeta)
+
+
+def draw_pairs(u, candidates, scheme="hybrid"):
+    """(t, lam) as the sampler will meet them: N of the candidates, a step of its uniform grid. Equations (4), (5).
+
+    u: (B, 2) uniform on [0, 1); candidates: numbers of steps. t, in {0, 1/N, ..., 1 - 1/N}, is where the step ends.
+    scheme: hybrid, lam = gamma; pda, lam = gamma / (1 - gamma/2). Returns t, lam: (B,) each.
+    """
+    n = torch.tensor(candidates, dtype=u.dtype, device=u.device)[(u[:, 0] * len(candidates)).long()]
+    t = (u[:, 1] * n).floor() / n
+    gamma = beta_integral(t, t + 1 / n)
+    return t, gamma if scheme == "hybrid" else gamma / (1 - gamma / 2)
+
+
+def prox_logp(y_next, prox_y, gamma_next):
+    """log N(y_next; (1 + gamma_next/2) prox_y, gamma_next I), Eq. (7), a mean over dimensions, in nats.
+
+    y_next, prox_y: (B, C, H, W) float32; gamma_next: the next step's, a float > 0. Returns (B,). Source: [9].
+    """
+    return gaussian_logp(y_next, (1 + gamma_next / 2) * prox_y, math.sqrt(gamma_next))
+
+
+def gaussian_logp(x, mean, std):
+    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
+    logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return logp.flatten(1).mean(1)
+
+
+# == same: policy loss (grpo proxt2i slas) ==
+def policy_loss(logp, logp_old, adv, clip_range):
+    """Clipped surrogate, Eq. (3), to be minimised.
+
+    logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
+    Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
+    """
+    ratio = (logp - logp_old).exp()                                    # r_i  (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
+    return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
+                  "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+# == end ==
+
+
+# ============================================================================================================ sampler
+
+# prox(y, t, lam) and score(x, t) are plain callables: y, x (B, C, H, W) float32, t and lam floats -> (B, C, H, W). So
+# every step here also runs with a closed form in place of a network.
+
+def pda_hybrid_step(prox, x, t_next, gamma, eps):
+    """One step of PDA-hybrid, Eq. (4): y = (1 + gamma/2) x + sqrt(gamma) eps, x_next = prox(y; t_next, gamma).
+
+    x, eps: (B, C, H, W) float32; gamma: beta's integral over the step, any size. Returns x_next, y. Source: [4, 6].
+    """
+    y = (1 + gamma / 2) * x + math.sqrt(gamma) * eps
+    return prox(y, t_next, gamma), y
+
+
+def pda_step(prox, x, t_next, gamma, eps):
+    """One step of PDA, Eq. (5): y = (x + sqrt(gamma) eps) / (1 - gamma/2), x_next = prox(y; t_next, lam).
+
+    lam = gamma / (1 - gamma/2). Arguments and results as in pda_hybrid_step. Raises ValueError for gamma >= 2,
+    where the step has no solution.
+    """
+    if gamma >= 2:
+        raise ValueError(f"gamma={gamma:.2f}: PDA divides by 1 - gamma/2; take more steps, or the hybrid scheme")
+    y = (x + math.sqrt(gamma) * eps) / (1 - gamma / 2)
+    return prox(y, t_next, gamma / (1 - gamma / 2)), y
+
+
+def sde_euler_step(score, x, t, gamma, eps):
+    """Euler-Maruyama on the reverse SDE: x + gamma (x/2 + score(x, t)) + sqrt(gamma) eps; eps None: the mean."""
+    mean = x + gamma * (x / 2 + score(x, t))
+    return mean if eps is None else mean + math.sqrt(gamma) * eps
+
+
+def ode_euler_step(score, x, t, gamma):
+    """One Euler step of the probability-flow ODE: x + gamma/2 (x + score(x, t))."""
+    return x + gamma / 2 * (x + score(x, t))
+
+
+def dpm_step(x_0hat, x_0hat_last, x, t_last, t, t_next):
+    """One step of DPM-Solver++(2M) for the VP diffusion: alpha^2 = alpha_bar(t), sigma^2 = 1 - alpha^2.
+
+    x_0hat: this step's clean estimate; x_0hat_last, t_last: the step's before, None at the first. First order there,
+    and for t_next = 0, where it is x_0hat itself. Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    """
+    if t_next == 0:
+        return x_0hat
+
+    def log_snr(t):                                                    # ln(alpha / sigma)
+        return -0.5 * math.log(math.expm1(beta_integral(0.0, t)))
+    h, d = log_snr(t_next) - log_snr(t), x_0hat
+    if x_0hat_last is not None:
+        r = (log_snr(t) - log_snr(t_last)) / h
+        d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
+    alpha, sigma, sigma_next = math.sqrt(alpha_bar(t_next)), *(math.sqrt(1 - alpha_bar(s)) for s in (t, t_next))
+    return sigma_next / sigma * x - alpha * math.expm1(-h) * d
+
+
+def run_chain(name, answer, x, n, draw):
+    """Sample x_0 from noise x (B, C, H, W) in n uniform steps of the sampler `name`.
+
+    answer: prox(y, t, lam) for hybrid and pda, score(x, t) for sde, ode and dpm; draw(k): the noise of step k, n .. 1.
+    """
+    ts, last, t_last = [k / n for k in range(n + 1)], None, None
+    for k in range(n, 0, -1):
+        t, t_next, gamma = ts[k], ts[k - 1], beta_integral(ts[k - 1], ts[k])
+        if name in ("hybrid", "pda"):
+            x, _ = (pda_hybrid_step if name == "hybrid" else pda_step)(answer, x, t_next, gamma, draw(k))
+        elif name == "sde":
+            x = sde_euler_step(answer, x, t, gamma, draw(k) if k > 1 else None)            # the last step: the mean
+        elif name == "ode":
+            x = ode_euler_step(answer, x, t, gamma)
+        else:
+            a = alpha_bar(t)
+            x_0hat = (x + (1 - a) * answer(x, t)) / math.sqrt(a)
+            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+    return x
+
+
+def guided(net, x, t, lam, ctx, null, scale):
+    """The network with classifier-free guidance, Eq. (6): uncond + scale (cond - uncond). Two passes in one, or one.
+
+    x (B, C, H, W); t, lam (None for a score model): numbers, or (B,). Since prox = y - sqrt(lam) net, guiding the
+    network's answer is guiding the proximal operator. Returns float32, or float64 for a float64 network.
+    """
+    dtype = models.compute_dtype(net)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def batch(value):
+        return value if value is None or torch.is_tensor(value) else torch.full((len(x),), value, device=x.device,
+                                                                                dtype=wide)
+    t, lam = batch(t), batch(lam)
+    if scale == 1:
+        return net(x.to(dtype), t, lam, *ctx).to(wide)                                     # (B, C, H, W)
+    both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
+    lam = None if lam is None else torch.cat([lam, lam])
+    uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), lam, *both).to(wide).chunk(2)
+    return ops.cfg_combine(uncond, cond, scale)
+
+
+def answer_of(method, net, ctx, null, scale):
+    """The callable that a sampler asks: prox(y, t, lam) = y - sqrt(lam) net(y / sqrt(1 + lam), ...), Eq. (3), or
+    score(x, t) = -net(x, t) / sqrt(1 - alpha_bar).
+
+    y has variance up to about 1 + lam; it enters the network scaled to 1, which the paper does not say.
+    """
+    def prox(y, t, lam):
+        return y - math.sqrt(lam) * guided(net, y / math.sqrt(1 + lam), t, lam, ctx, null, scale)
+
+    def score(x, t):
+        return -guided(net, x, t, None, ctx, null, scale) / math.sqrt(1 - alpha_bar(t))
+    return prox if method == "prox" else score
+
+
+def default_sampler(cfg):
+    """The sampler's name: the flag's, or hybrid for a proximal model, dpm for a score model. ValueError for others."""
+    name = cfg.sampler or (cfg.scheme if cfg.method == "prox" else "dpm")
+    if SAMPLERS[name] != cfg.method:
+        suits = ", ".join(key for key, method in SAMPLERS.items() if method == cfg.method)
+        raise ValueError(f"--sampler {name} wants a {SAMPLERS[name]} model and this is a {cfg.method} model: {suits}")
+    if name in ("hybrid", "pda") and name != cfg.scheme:
+        raise ValueError(f"--sampler {name}: the network was trained for the lambdas of --scheme {cfg.scheme}")
+    return name
+
+
+def sample(pipe, prompts, keys, cfg, scale):
+    """Images (B, 3, H, W) in [0, 1] in eval_steps steps, from noise that is a function of the keys, one an image."""
+    images, null, wide = [], pipe.encode_text([""]), data.wide(cfg.dtype)
+    shape, device = pipe.latent_shape(cfg.resolution), next(pipe.net.parameters()).device
+    with torch.no_grad(), models.merged(pipe.net, cfg.merge_lora):
+        for i in range(0, len(prompts), cfg.micro_batch):
+            ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
+
+            def draw(k):
+                return torch.stack([data.noise(shape, *key, k, device=device, dtype=wide) for key in some])
+            answer = answer_of(cfg.method, pipe.net, ctx, null, scale)
+            x = run_chain(default_sampler(cfg), answer, draw("start"), cfg.eval_steps, draw)
+            images.append(pipe.decode(x))
+    return torch.cat(images)
+
+
+# == same: evaluate (dgpo grpo proxt2i slas) ==
+def evaluate(pipe, rows, score, cfg, run, scale):
+    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+
+    Returns the mean and {tag: mean} over GenEval's tags.
+    """
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
+    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
+        some = own[k:k + cfg.micro_batch] or own[:1]
+        prompts = [rows[i]["prompt"] for i in some]
+        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
+        total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
+    total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
+    return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
+                                    for tag in dict.fromkeys(tags)}
+# == end ==
+
+
+def kernel(method, answer, state, k, n):
+    """The Gaussian that the chain's next state is drawn from, Eq. (7): its mean (B, C, H, W) and std, a float.
+
+    prox: state = y_k, the next is y_{k-1}; score: state = x_k, the next is x_{k-1}. At k = 1 the mean is the image
+    itself and std is 0: of n steps n - 1 are Gaussian.
+    """
+    gamma = beta_integral((k - 1) / n, k / n)
+    if method == "score":
+        return sde_euler_step(answer, state, k / n, gamma, None), math.sqrt(gamma) if k > 1 else 0.0
+    landed = answer(state, (k - 1) / n, gamma)                         # f(y_k; t_{k-1}, gamma_k)
+    if k == 1:
+        return landed, 0.0
+    gamma_next = beta_integral((k - 2) / n, (k - 1) / n)
+    return (1 + gamma_next / 2) * landed, math.sqrt(gamma_next)
+
+
+@torch.no_grad()
+def rollout(pipe, prompts, ctx, null, cfg, step, group):
+    """One chain for each image: states (n + 1, B, C, H, W), the image last, and logp {k: (B,)} of k = n .. 2.
+
+    states[n - k] is y_k (or x_k). Each group's noise is a function of (seed, step, group); group: the first's number.
+    """
+    n, shape = cfg.sample_steps, (cfg.group_size, *pipe.latent_shape(cfg.resolution))
+    count, device, wide = len(prompts) // cfg.group_size, ctx[0].device, data.wide(cfg.dtype)
+
+    def draw(name):                                                    # (B, C, H, W)
+        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
+                          for g in range(count)])
+    answer, state, logp = answer_of(cfg.method, pipe.net, ctx, null, cfg.cfg_rollout), draw("start"), {}
+    if cfg.method == "prox":                                           # y_N of x_N, Eq. [9]
+        gamma = beta_integral(1 - 1 / n, 1.0)
+        state = (1 + gamma / 2) * state + math.sqrt(gamma) * draw("first")
+    states = [state]
+    for k in range(n, 0, -1):
+        mean, std = kernel(cfg.method, answer, states[-1], k, n)
+        states.append(mean + std * draw(f"step {k}") if std else mean)
+        if std:
+            logp[k] = gaussian_logp(states[-1], mean, std)
+    return torch.stack(states), logp
+
+
+# ============================================================================================================== train
+
+def matching_loss(cfg, share, pred, target, lam):
+    """The loss of training after `share` of the steps, (): L1 in the warm-up, then Eq. (2); squared error for a score.
+
+    pred, target: (B, C, H, W), residuals in units of sqrt(lam); lam: (B,), None for a score model.
+    """
+    if cfg.method == "score":
+        return (pred - target).square().mean()
+    if share < cfg.warmup:
+        return (pred - target).abs().mean()
+    zeta, share = cfg.zeta, (share - cfg.warmup) / (1 - cfg.warmup + 1e-9)
+    if cfg.zeta_start:
+        zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * share
+    zeta = zeta if cfg.zeta_space == "residual" else zeta / lam.sqrt()
+    return prox_matching_loss(pred, target, zeta).mean()
+
+
+def train(cfg):
+    """Stage train, and finetune at another size: learn the proximal operators (3), or the noise, from images."""
+    run = data.Run(cfg, "proxt2i")
+    ops.use(cfg.fused)
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run, fresh=cfg.stage == "train")
+    net = pipe.net
+    start = [p.detach().clone() for p in params]
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = data.optimizer(cfg, net, params)
+    eval_score = rewards.load(cfg.eval_reward, device=run.device)
+    rows = {split: data.prompts(cfg.prompts, split) for split in ("val", "test")}
+    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
+    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
+    default_sampler(cfg)
+    shape, candidates = pipe.latent_shape(cfg.resolution), counts("candidates", cfg.candidates)
+    mine = cfg.batch // run.world
+    stream = data.WorldStream(cfg.seed, run.rank, mine, cfg.resolution or shape[1])
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+    run.begin()
+    run.restore(params, ema, opt)
+    null = pipe.encode_text([""])
+    bar = tqdm(initial=run.count["step"], total=cfg.steps, disable=run.rank > 0, desc=cfg.stage, unit="step",
+               mininterval=1, dynamic_ncols=True)
+    while not run.done():
+        # 1. Images, some of their captions emptied
+        step, share = run.count["step"], run.count["step"] / cfg.steps
+        images, captions = stream(step)                                # (B, 3, H, W) in [0, 1], B strings
+        draw = torch.Generator().manual_seed(data.mix(cfg.seed, step, run.rank, "train"))
+        dropped = torch.rand(mine, generator=draw) < cfg.drop
+        ctx = pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions)])    # (B, L, D)
+        x_0 = pipe.encode_images(images.to(run.device)).to(data.wide(cfg.dtype))           # (B, C, H, W)
+        # 2. Times and noise
+        u = torch.rand(mine, 2, generator=draw, dtype=torch.float64)
+        noise, eps = (torch.randn((mine, *shape), generator=draw).to(x_0) for _ in range(2))
+        lam = None
+        if cfg.method == "prox":
+            t, lam = (part.to(x_0) for part in draw_pairs(u, candidates, cfg.scheme))      # (B,) each
+        else:
+            t = (1 - u[:, 0]).to(x_0)                                  # (B,) in (0, 1]
+        a = alpha_bar(t)[:, None, None, None]
+        x = a.sqrt() * x_0 + (1 - a).sqrt() * noise                    # X_t  (B, C, H, W)
+        target, scaled = noise, x
+        if lam is not None:                                            # Eq. (3)
+            wide = lam[:, None, None, None]
+            target, scaled = eps, (x + wide.sqrt() * eps) / (1 + wide).sqrt()
+        # 3. Loss and update
+        total = 0.0
+        for k in range(0, mine, cfg.micro_batch):
+            s = slice(k, k + cfg.micro_batch)
+            part = None if lam is None else lam[s]
+            pred = guided(net, scaled[s], t[s], part, [c[s] for c in ctx], null, 1.0)
+            loss = matching_loss(cfg, share, pred, target[s], part) * len(pred) / cfg.batch
+            loss.backward()
+            total = total + loss.detach()
+        rate = cfg.lr * min(1, (step + 1) / 200, 5 * (1 - share) + 5 / cfg.steps)          # warm up; a fifth to cool
+        grad_norm = run.update(opt, params, cfg.max_grad_norm, rate)
+        if ema:
+            models.move(ema, params, max(1 - cfg.ema, 1 / (step + 1)))
+        # 4. Report
+        run.count["step"] += 1
+        run.count["images"] += cfg.batch
+        run.count["forwards"] += cfg.batch
+        run.count["backwards"] += cfg.batch
+        if run.count["step"] % 20 == 0 or run.count["step"] == cfg.steps:
+            row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
+            if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+                with models.using(params, ema):
+                    row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            run.log(row)
+            bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
+        if run.count["step"] % cfg.save_every == 0:
+            run.save(params, ema, opt)
+        bar.update()
+    bar.close()
+    run.save(params, ema, opt)
+    with models.using(params, ema):
+        models.save_uvit(pipe, run.out / "model", torch.float16 if cfg.model.startswith("tiny") else None)
+    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+
+
+def train_rl(cfg):
+    """Stage rl: GRPO on the chain of Eq. (7), or on the score model's Euler-Maruyama chain."""
+    run = data.Run(cfg, "proxt2i")
+    ops.use(cfg.fused)
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run)
+    net, n = pipe.net, cfg.sample_steps
+    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
+    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
+    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
+    pipe.latent_shape(cfg.resolution), default_sampler(cfg)            # refuse what the model cannot do
+    if cfg.scheme == "pda":
+        raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
+    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
+    mine = cfg.groups // run.world                                     # groups of this process
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+    run.begin()
+    run.prepare(pipe, [*rows["train"], *test, *val])
+    null = pipe.encode_text([""])
+    run.restore(params, ema, opt)
+    if not run.state:
+        row = {}
+        if cfg.eval_every:
+            row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
+                    f"guidance {cfg.cfg_eval:g}")
+        run.log(row)
+    checked = False
+
+    def rescore(states, k, part, scale):
+        """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
+        mean, std = kernel(cfg.method, answer_of(cfg.method, net, part, null, scale), states[n - k], k, n)
+        return gaussian_logp(states[n - k + 1], mean, std), mean, std
+
+    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
+               desc="proxt2i", unit="step", dynamic_ncols=True)
+    while not run.done():
+        step = run.count["step"]
+        # 1. Roll out. A group never spans two processes.
+        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        ctx = pipe.encode_text(prompts)                                # (B, L, D)
+        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
+        parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
+                         run.rank * mine + s.start // cfg.group_size) for s in chunks]
+        states = torch.cat([part[0] for part in parts], 1)             # (n + 1, B, C, H, W)
+        logp_old = {k: torch.cat([part[1][k] for part in parts]) for k in parts[0][1]}     # {k: (B,)}
+        choice = data.uniform(n + 1, cfg.seed, step, "steps")
+        trained = sorted(sorted(logp_old, key=choice.__getitem__)[:cfg.train_steps or None])
+        # 2. Reward
+        images = torch.cat([pipe.decode(states[-1, s]) for s in chunks])
+        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        # 3. Advantage, over the whole batch of all processes; each keeps its slice
+        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
+        adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
+        # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
+        if not checked and cfg.cfg_train == cfg.cfg_rollout:           # the same weights must give the same log-probs
+            with torch.no_grad():
+                worst = max((rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s])
+                            .expm1().abs().max().item() for s in chunks for k in trained)
+            run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
+                    f"{cfg.clip_range / 10:.1e})")
+            if worst > cfg.clip_range / 10:
+                raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, "
+                                 f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
+            checked = True
+        logs = torch.zeros(5, device=run.device, dtype=states.dtype)   # loss, kl, stats: means over the batch
+        for update in range(cfg.updates):
+            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
+            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            for i in range(0, len(turn), cfg.micro_batch):
+                some = turn[i:i + cfg.micro_batch]
+                part = [c[some] for c in ctx]
+                share = len(some) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                for k in trained:
+                    logp, mean, std = rescore(states[:, some], k, part, cfg.cfg_train)
+                    loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
+                    kl = torch.zeros_like(loss)
+                    if cfg.kl_beta:
+                        with torch.no_grad(), models.using(params, start):
+                            _, mean_ref, _ = rescore(states[:, some], k, part, cfg.cfg_ref)
+                        kl = (mean - mean_ref).square().mean() / (2 * std ** 2)            # exact, per dimension
+                    ((loss + cfg.kl_beta * kl) * share).backward()
+                    logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
+            if ema:
+                models.move(ema, params, 1 - cfg.ema)
+        # 5. Report
+        run.count["step"] += 1
+        run.count["images"] += cfg.groups * cfg.group_size
+        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
+        made = cfg.groups * cfg.group_size
+        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes)
+        run.count["backwards"] += made * len(trained) * (1 + (cfg.cfg_train != 1))
+        loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
+               "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
+               "stats": data.image_stats(images, cfg.group_size)}
+        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            with models.using(params, ema):
+                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
+        run.log(row)
+        if run.count["step"] % cfg.save_every == 0:
+            run.save(params, ema, opt)
+        bar.update()
+    bar.close()
+    run.save(params, ema, opt)
+    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+
+
+# ============================================================================================================ compare
+
+def sample_stage(cfg):
+    """Stage sample: a sheet of pictures of validation prompts, and their score."""
+    run = data.Run(cfg, "proxt2i")
+    ops.use(cfg.fused)
+    pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
+    rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
+    run.begin()
+    value, tags = evaluate(pipe, rows, rewards.load(cfg.eval_reward, device=run.device), cfg, run, cfg.cfg_eval)
+    shown = [row["prompt"] for row in rows[:12]]
+    images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
+    data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
+    run.say(f"{cfg.eval_reward} {value:.3f} on {len(rows)} images, {cfg.eval_steps} steps of {default_sampler(cfg)}: "
+            f"{run.out / 'samples' / 'sample.png'}")
+    run.log({"eval": value, "tags": tags})
+
+
+def compare(cfg):
+    """Stage compare: the score of every sampler at every number of steps, for both models: table, CSV and picture."""
+    run = data.Run(cfg, "proxt2i")
+    ops.use(cfg.fused)
+    dtype = models.DTYPES[cfg.dtype]
+    pipes = {cfg.method: models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None)}
+    if cfg.compare_with:
+        other = "score" if cfg.method == "prox" else "prox"
+        pipes[other] = models.load(cfg.compare_with, None, dtype, run.device)
+    rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
+    score, steps = rewards.load(cfg.eval_reward, device=run.device), counts("compare_steps", cfg.compare_steps)
+    names = [name for name, method in SAMPLERS.items() if method in pipes and name != ("hybrid", "pda")[
+        cfg.scheme == "hybrid"]]
+    outside = sorted(set(steps) - set(counts("candidates", cfg.candidates)))
+    if outside:
+        run.say(f"--compare-steps {outside}: the proximal model was trained for {cfg.candidates} steps only")
+    run.begin()
+    table, grids, titles = {}, [], []
+    shown = [row["prompt"] for row in rows[:8]]
+    with tqdm(total=len(names) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
+        for name in names:
+            for n in steps:
+                one = replace(cfg, method=SAMPLERS[name], sampler=name, eval_steps=n)
+                pipe = pipes[SAMPLERS[name]]
+                table[name, n], _ = evaluate(pipe, rows, score, one, run, cfg.cfg_eval)
+                if n in (min(steps), 10):
+                    grids.append(sample(pipe, shown, [("grid", i) for i in range(8)], one, cfg.cfg_eval))
+                    titles.append(f"{name} {n}")
+                bar.update()
+    lines = [[cfg.eval_reward, *steps], *([name, *(f"{table[name, n]:.3f}" for n in steps)] for name in names)]
+    if run.rank == 0:
+        data.write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
+        run.say("\n".join("".join(f"{word:>14}" for word in line) for line in lines))
+        run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}")
+    return run.out
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    with data.exit_codes():
+        data.choose("stage", stage, ("", *STAGES))
+        cfg = data.cli(Config, PRESETS, argv, STAGE_DEFAULTS.get(stage, {}) | {"stage": stage or "rl"})
+        if not stage and not cfg.resume:                               # the quick start: both, one after the other
+            compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps="4,10", stage="compare",
+                            out=f"{cfg.out}-compare" if cfg.out else ""))
+        {"rl": train_rl, "train": train, "finetune": train, "sample": sample_stage, "compare": compare}[cfg.stage](cfg)
+
+
+if __name__ == "__main__":
+    main()
