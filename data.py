@@ -709,9 +709,10 @@ class Run:
     def log(self, row):
         """Append one line to metrics.jsonl: the counters, then the row."""
         self.count["seconds"] = round(time.time() - self.start, 3)
+        memory = {"memory": torch.cuda.max_memory_allocated() / 1e9} if self.device.type == "cuda" else {}     # GB
         if self.rank == 0:
             row = {key: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None   # JSON has no NaN
-                   for key, v in {**self.count, **row}.items()}
+                   for key, v in {**self.count, **row, **memory}.items()}
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 

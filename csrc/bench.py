@@ -1,8 +1,9 @@
-"""Times the fused ops against their PyTorch twins and against this machine's copy bandwidth.
+"""Times the fused ops against their PyTorch twins and against this machine's copy bandwidth; and whole training steps.
 
     python csrc/bench.py                # the twins and, once built, the compiled ops; CPU, and a GPU if there is one
     python csrc/bench.py --compile      # torch.compile of the twins as well
     python csrc/bench.py --quick        # one dtype, for a look
+    python csrc/bench.py model          # a rollout with its update, full-size models with random weights, on a GPU
 
 A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
 cache. GB/s counts the bytes that the op must move (each input read once, each output written once), whatever the
@@ -10,7 +11,13 @@ implementation does, and is set beside the best bandwidth seen in copying 64 MB 
 read plus bytes written. Allocating the outputs and autograd's own time are included.
 """
 import argparse
+import json
+import os
+import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 import torch
@@ -78,11 +85,55 @@ def measure_cuda(f, sets, pick, calls=100):
     return pick(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
 
 
+# script, model, one GPU's GB: LoRA at 512 px, the settings of --preset official but for one group of 24 (flux: 12)
+MODEL_RUNS = [("dgpo", "sd35m", 24), ("dgpo", "sd35m", 80), ("dgpo", "sd35m", 141), ("grpo", "sd35m", 24),
+              ("grpo", "sd35m", 141), ("dgpo", "flux", 48), ("dgpo", "flux", 141), ("grpo", "flux", 48)]
+
+
+def model(runs=MODEL_RUNS, extra=()):
+    """Print seconds of a step (24 images rolled out, scored by a constant, trained on) and the peak memory of each run.
+
+    Every run is the script itself on random weights (--init random), in a process of its own; its second step counts.
+    extra: more flags. Returns rows (script, model, GB, seconds, images a second, GB at the peak), None where one failed.
+    """
+    root, rows = pathlib.Path(__file__).resolve().parent.parent, []
+    print(f"{'script':8}{'model':8}{'--gpu-memory':>13}{'s a step':>10}{'images/s':>10}{'peak GB':>9}", flush=True)
+    for script, name, gigabytes in runs:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
+            (folder / "prompts.txt").write_text("a photo of a bench\n")
+            size = 12 if name == "flux" else 24
+            flags = dict(model=name, init="random", gpu_memory=gigabytes, steps=2, groups=1, group_size=size, updates=1,
+                         resolution=512, lora_rank=64, eval_every=0, eval_images=1, val_images=1, cfg_also=0,
+                         eval_steps=1, prompts=folder / "prompts.txt", reward=f"{folder / 'reward.py'}:noise",
+                         eval_reward=f"{folder / 'reward.py'}:noise", out=folder / "out")
+            flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
+            line = [word for key, value in flags.items() for word in
+                    ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
+            done = subprocess.run([sys.executable, root / f"{script}.py", *line, *map(str, extra)], cwd=folder,
+                                  capture_output=True, text=True, env=os.environ)
+            if done.returncode:
+                print(f"{script:8}{name:8}{gigabytes:>13}  failed: {done.stderr.strip()[-300:]}", flush=True)
+                rows.append((script, name, gigabytes, None, None, None))
+                continue
+            steps = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+            seconds, peak = steps[2]["seconds"] - steps[1]["seconds"], steps[2].get("memory", 0.0)
+            rows.append((script, name, gigabytes, seconds, size / seconds, peak))
+            print(f"{script:8}{name:8}{gigabytes:>13}{seconds:>10.2f}{size / seconds:>10.2f}{peak:>9.1f}", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["ops", "model"], default="ops")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
     parser.add_argument("--quick", action="store_true", help="float32 only")
     args = parser.parse_args()
+    if args.what == "model":
+        if not torch.cuda.is_available():
+            sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours")
+        sys.exit(any(row[3] is None for row in model()))
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads, {ops.status()}")
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         fused = ops.lib is not None and device in ops.devices

@@ -1,0 +1,67 @@
+"""Full-size SD3.5 Medium and FLUX.1-dev on a GPU, random weights: the forward of diffusers, and one step of training."""
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device: needs a gpu")
+
+
+def inputs(pipe, batch=2):
+    """bf16 latents of 512 px, times and random text features, as the network takes them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((batch, *pipe.latent_shape(512)), generator=generator).to("cuda", torch.bfloat16)
+    return x, torch.tensor([0.3, 0.9][:batch], device="cuda"), *pipe.encode_text(["a", "b"][:batch])
+
+
+def theirs(name, net, x, t, context, pooled, guidance=None):
+    """The same forward by diffusers, on the very tensors of our network."""
+    cls = {"sd35m": diffusers.SD3Transformer2DModel, "flux": diffusers.FluxTransformer2DModel}[name]
+    with torch.device("meta"):
+        other = cls.from_config(net.config)
+    other.load_state_dict(net.state_dict(), assign=True)
+    if name == "sd35m":
+        return other(x, encoder_hidden_states=context, pooled_projections=pooled, timestep=t * 1000).sample
+    h, w = x.shape[2], x.shape[3]
+    packed = diffusers.FluxPipeline._pack_latents(x, len(x), x.shape[1], h, w)
+    ids = diffusers.FluxPipeline._prepare_latent_image_ids(len(x), h // 2, w // 2, x.device, torch.float32)
+    y = other(packed, timestep=t, guidance=guidance, encoder_hidden_states=context, pooled_projections=pooled,
+              img_ids=ids, txt_ids=torch.zeros(context.shape[1], 3, device=x.device)).sample
+    return diffusers.FluxPipeline._unpack_latents(y, h * 8, w * 8, 8)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ("sd35m", "flux"))
+def test_full_size_forward_is_that_of_diffusers(name):
+    """In bf16, the error of both against the same weights in float32: ours at most twice theirs."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    pipe = models.load(name, init="random", dtype=torch.bfloat16, device="cuda")
+    args = inputs(pipe)
+    with torch.no_grad():
+        ours, other = pipe.net(*args).float(), theirs(name, pipe.net, *args).float()
+        wide = [arg.float() for arg in args]
+        exact = pipe.net.float()(*wide)
+    error, reference = (ours - exact).abs().mean(), (other - exact).abs().mean()
+    assert exact.std() > 0 and error <= 2 * reference and reference < 0.1 * exact.std(), (error, reference, exact.std())
+
+
+@needs_cuda
+@pytest.mark.parametrize("script, name, gigabytes", (("dgpo", "sd35m", 24), ("grpo", "sd35m", 24), ("dgpo", "flux", 48)))
+def test_one_update_at_512_px_fits(script, name, gigabytes, tmp_path):
+    """A step of each script with LoRA 64: it moves the LoRA, its numbers are finite, the memory is what was promised."""
+    code = f"import sys; sys.path[:0] = ['{ROOT}/csrc', '{ROOT}']\nimport bench, json\n" \
+           f"print(json.dumps(bench.model([('{script}', '{name}', {gigabytes})])))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [row] = json.loads(done.stdout.splitlines()[-1])
+    assert row[3] is not None, done.stdout
+    assert 0 < row[5] <= gigabytes, row
