@@ -1,4 +1,4 @@
-"""Full-size SD3.5 Medium and FLUX.1-dev on a GPU, random weights: the forward of diffusers, and one step of training."""
+"""Full-size SD3.5 Medium and FLUX.1-dev on a GPU, random weights: the forward of diffusers, and a step of training."""
 import gc
 import json
 import subprocess
@@ -55,9 +55,10 @@ def test_full_size_forward_is_that_of_diffusers(name):
 
 
 @needs_cuda
-@pytest.mark.parametrize("script, name, gigabytes", (("dgpo", "sd35m", 24), ("grpo", "sd35m", 24), ("dgpo", "flux", 48)))
+@pytest.mark.parametrize("script, name, gigabytes", (
+    ("dgpo", "sd35m", 24), ("grpo", "sd35m", 24), ("dgpo", "flux", 48)))
 def test_one_update_at_512_px_fits(script, name, gigabytes, tmp_path):
-    """A step of each script with LoRA 64: it moves the LoRA, its numbers are finite, the memory is what was promised."""
+    """A step of each script with LoRA 64 runs, and its memory is what --gpu-memory promises."""
     code = f"import sys; sys.path[:0] = ['{ROOT}/csrc', '{ROOT}']\nimport bench, json\n" \
            f"print(json.dumps(bench.model([('{script}', '{name}', {gigabytes})])))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
