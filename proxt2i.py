@@ -17,7 +17,7 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
 
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
-the ++(2M) variant; the score chain's last step is its mean, as the proximal chain's last adds no noise either.
+the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal chain's last adds no noise either.
 
     python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
     python proxt2i.py train --method prox --out OUT     # proximal matching (or noise prediction: --method score)
@@ -55,7 +55,7 @@ class Config:
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # N, steps of a rollout                                    [paper, Sec. 4.3]
     eval_steps: int = 10                # the same for evaluation
-    sampler: str = ""                   # hybrid, pda; sde, ode, dpm for a score model; empty: hybrid, or dpm
+    sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: hybrid, dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # the score model beside the proximal one; empty: none
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
@@ -134,7 +134,8 @@ class Config:
                 pda_lambdas(n)
 
 
-SAMPLERS = {"hybrid": "prox", "pda": "prox", "sde": "score", "ode": "score", "dpm": "score"}      # and whose they are
+SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whose they are; sde-mean: the last step's
+            "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}           # noise is left out
 PAPER = dict(reward="pickscore", eval_reward="pickscore", resolution=256, dtype="bfloat16", groups=12, group_size=24,
              cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6,
              kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
@@ -299,15 +300,16 @@ def dpm_step(x_0hat, x_0hat_last, x, t_last, t, t_next):
 def run_chain(name, answer, x, n, draw):
     """Sample x_0 from noise x (B, C, H, W) in n uniform steps of the sampler `name`.
 
-    answer: prox(y, t, lam) for hybrid and pda, score(x, t) for sde, ode and dpm; draw(k): the noise of step k, n .. 1.
+    answer: prox(y, t, lam) for hybrid and pda, score(x, t) for the others; draw(k): the noise of step k, n .. 1.
+    Euler-Maruyama as it stands (sde) also adds the last step's noise to the image; sde-mean leaves it out.
     """
     ts, last, t_last = [k / n for k in range(n + 1)], None, None
     for k in range(n, 0, -1):
         t, t_next, gamma = ts[k], ts[k - 1], beta_integral(ts[k - 1], ts[k])
         if name in ("hybrid", "pda"):
             x, _ = (pda_hybrid_step if name == "hybrid" else pda_step)(answer, x, t_next, gamma, draw(k))
-        elif name == "sde":
-            x = sde_euler_step(answer, x, t, gamma, draw(k) if k > 1 else None)            # the last step: the mean
+        elif name in ("sde", "sde-mean"):
+            x = sde_euler_step(answer, x, t, gamma, draw(k) if k > 1 or name == "sde" else None)
         elif name == "ode":
             x = ode_euler_step(answer, x, t, gamma)
         else:
@@ -400,8 +402,8 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 def kernel(method, answer, state, k, n):
     """The Gaussian that the chain's next state is drawn from, Eq. (7): its mean (B, C, H, W) and std, a float.
 
-    prox: state = y_k, the next is y_{k-1}; score: state = x_k, the next is x_{k-1}. At k = 1 the mean is the image
-    itself and std is 0: of n steps n - 1 are Gaussian.
+    prox: state = y_k, the next is y_{k-1}; score: state = x_k, the next is x_{k-1} (sde-mean). At k = 1 the mean is the
+    image itself and std is 0: of n steps n - 1 are Gaussian.
     """
     gamma = beta_integral((k - 1) / n, k / n)
     if method == "score":

@@ -1,0 +1,277 @@
+"""proxt2i.py: samplers and losses against closed forms, its chain against torch.distributions, its stages end to end."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import models
+import proxt2i
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gaussian(m, s2):
+    """The exact proximal operator and score of the diffusion of N(m, s2): X_t ~ N(sqrt(a) m, a s2 + 1 - a)."""
+    def moments(t):
+        a = proxt2i.alpha_bar(t)
+        return math.sqrt(a) * m, a * s2 + 1 - a
+
+    def prox(y, t, lam):
+        mean, var = moments(t)
+        return (var * y + lam * mean) / (var + lam)
+
+    def score(x, t):
+        mean, var = moments(t)
+        return (mean - x) / var
+    return {"prox": prox, "score": score}
+
+
+def distance(name, m, s2, n, start=(0.0, 1.0)):
+    """W2 between N(m, s2) and what n steps of a sampler make of N(0, 1), exact: every step is affine in x and noise."""
+    answer = gaussian(m, s2)[proxt2i.SAMPLERS[name]]
+
+    def end(x, noise):
+        value = torch.full((1, 1, 1, 1), x, dtype=torch.float64)
+        return proxt2i.run_chain(name, answer, value, n, lambda k: torch.full_like(value, noise.get(k, 0.0))).item()
+    mean = end(start[0], {})
+    var = (end(start[0] + 1, {}) - mean) ** 2 * start[1] + sum((end(start[0], {k: 1.0}) - mean) ** 2
+                                                              for k in range(1, n + 1))
+    return math.hypot(mean - m, math.sqrt(var) - math.sqrt(s2))
+
+
+# ============================================================================================================ samplers
+
+def test_beta_integral():
+    t = torch.linspace(0, 1, 100001, dtype=torch.float64)
+    beta = 0.1 + 19.9 * t
+    assert proxt2i.beta_integral(0.0, 1.0) == pytest.approx(torch.trapezoid(beta, t).item(), rel=1e-9)
+    part = (t >= 0.25) & (t <= 0.75)
+    assert proxt2i.beta_integral(0.25, 0.75) == pytest.approx(torch.trapezoid(beta[part], t[part]).item(), rel=1e-9)
+    assert proxt2i.alpha_bar(0.5) == pytest.approx(math.exp(-proxt2i.beta_integral(0.0, 0.5)))
+    assert proxt2i.alpha_bar(torch.tensor(0.5)).item() == pytest.approx(proxt2i.alpha_bar(0.5))
+
+
+@pytest.mark.parametrize("m, s2, n, expected", (
+    (2.0, 0.01, 4, dict(hybrid=.086, sde=.709, ode=.722)), (2.0, 0.01, 10, dict(hybrid=.067, sde=.235, ode=.229)),
+    (1.0, 1.0, 4, dict(hybrid=.312, sde=.286))), ids=str)
+def test_distances_of_gaussians(m, s2, n, expected):
+    """Narrow data: the backward step is far ahead of both Euler samplers. Broad data: it is not."""
+    for name, value in expected.items():
+        assert distance(name, m, s2, n) == pytest.approx(value, abs=1.5e-3), name
+
+
+def test_the_last_steps_noise_is_most_of_eulers_error():
+    """Without it Euler-Maruyama is near the hybrid at 4 steps and ahead of it at 10: what the comparison rests on."""
+    assert distance("sde", 2.0, 0.01, 4) > 5 * distance("sde-mean", 2.0, 0.01, 4)
+    assert distance("hybrid", 2.0, 0.01, 4) < distance("sde-mean", 2.0, 0.01, 4)
+    assert distance("sde-mean", 2.0, 0.01, 10) < distance("hybrid", 2.0, 0.01, 10)
+
+
+@pytest.mark.parametrize("name", tuple(proxt2i.SAMPLERS))
+def test_samplers_converge(name):
+    """Each one's error falls towards 0 as steps grow; the second-order one's faster than 1/n."""
+    errors = [distance(name, 1.0, 0.25, n) for n in (20, 40, 80, 200)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
+    if name == "dpm":
+        assert errors[1] < errors[0] / 2.5
+
+
+def test_many_samples_follow_the_recursion():
+    """200,000 samples of the hybrid: mean and standard deviation of the exact affine recursion."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn((200_000, 1, 1, 1), generator=draw, dtype=torch.float64)
+    x = proxt2i.run_chain("hybrid", gaussian(2.0, 0.01)["prox"], x, 6,
+                          lambda k: torch.randn(x.shape, generator=draw, dtype=torch.float64))
+    sampled = math.hypot(x.mean().item() - 2.0, x.std().item() - 0.1)
+    assert sampled == pytest.approx(distance("hybrid", 2.0, 0.01, 6), abs=2e-3)
+
+
+def test_pda_refuses_steps_that_are_too_long():
+    prox, x = gaussian(0.0, 1.0)["prox"], torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="gamma=2.10.*hybrid"):
+        proxt2i.pda_step(prox, x, 0.5, 2.1, x)
+    with pytest.raises(ValueError, match="10 steps or more"):
+        proxt2i.pda_lambdas(9)
+    assert max(proxt2i.pda_lambdas(10)) == pytest.approx(38.2, abs=.1)
+    with pytest.raises(ValueError, match="4 steps of PDA"):
+        proxt2i.Config(scheme="pda")
+
+
+def test_a_step_solves_its_implicit_equation():
+    """Hybrid: x' = x + gamma (x/2 + score(x')) + noise. PDA: x' = x + gamma (x'/2 + score(x')) + noise. Both at x'."""
+    exact, gamma, t = gaussian(0.7, 0.3), 0.4, 0.3
+    x, eps = torch.randn(2, 5, 1, 1, 1, dtype=torch.float64)
+    after, _ = proxt2i.pda_hybrid_step(exact["prox"], x, t, gamma, eps)
+    slope = gamma * exact["score"](after, t) + math.sqrt(gamma) * eps
+    torch.testing.assert_close(after, x + gamma / 2 * x + slope)
+    after, _ = proxt2i.pda_step(exact["prox"], x, t, gamma, eps)
+    slope = gamma * exact["score"](after, t) + math.sqrt(gamma) * eps
+    torch.testing.assert_close(after, x + gamma / 2 * after + slope)
+
+
+# ============================================================================================================ matching
+
+def test_proximal_matching_finds_soft_thresholding():
+    """A 1-D Laplace prior: the minimiser is the posterior mean for wide zeta and soft-thresholding as zeta falls."""
+    draw = torch.Generator().manual_seed(0)
+    n, lam = 400_000, 0.5
+    x = torch.distributions.Exponential(1.0).icdf(torch.rand(n, generator=draw)) * torch.randn(n, generator=draw).sign()
+    y = x + math.sqrt(lam) * torch.randn(n, generator=draw)
+    places = torch.linspace(-3, 3, 61)                                 # the learned map: a value for each bin of y
+    bins, inside = ((y + 3.05) / 0.1).long(), y.abs() < 3.05
+    x, bins = x[inside], bins[inside]
+    soft = places.sign() * (places.abs() - lam).clamp(min=0)
+
+    def learn(zeta, table, rounds):
+        table = table.clone().requires_grad_()
+        opt = torch.optim.Adam([table], lr=0.02)
+        for _ in range(rounds):
+            loss = proxt2i.prox_matching_loss(table[bins][:, None], x[:, None], zeta).mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        return table.detach()
+    table, errors = learn(10.0, places * 0.5, 150), []
+    count = torch.bincount(bins, minlength=61)
+    mean = torch.zeros(61).index_add_(0, bins, x) / count
+    assert (table - mean)[5:-5].abs().max() < 0.05                     # wide: the mean
+    for zeta in (1.0, 0.5, 0.3):
+        table = learn(zeta, table, 80)
+        errors.append((table - soft)[10:-10].abs().mean().item())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.08 < (mean - soft)[10:-10].abs().mean()
+
+
+def test_pairs_are_those_that_the_sampler_meets():
+    u = torch.rand(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for scheme in ("hybrid", "pda"):
+        candidates = (10, 25)
+        t, lam = proxt2i.draw_pairs(u, candidates, scheme)
+        met = {(round(k / n, 9), round(lam_k, 6)) for n in candidates for k, lam_k in enumerate(reversed(
+            proxt2i.pda_lambdas(n) if scheme == "pda" else [proxt2i.beta_integral(k / n, (k + 1) / n)
+                                                            for k in reversed(range(n))]))}
+        drawn = {(round(a, 9), round(b, 6)) for a, b in zip(t.tolist(), lam.tolist())}
+        assert drawn == met
+        assert (t < 0.1).double().mean() == pytest.approx(0.5 * 0.1 + 0.5 * 0.12, abs=.01)
+
+
+@pytest.mark.parametrize("settings, share, expected", (
+    (dict(warmup=.2), .1, "l1"), (dict(warmup=.2, zeta_start=2.0), .6, 1.5), (dict(), .5, 1.0),
+    (dict(zeta_space="x"), .5, "x"), (dict(method="score", sampler=""), .5, "l2")), ids=str)
+def test_matching_loss_follows_its_schedule(settings, share, expected):
+    pred, target = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    lam = torch.rand(6, dtype=torch.float64) + .1
+    got = proxt2i.matching_loss(proxt2i.Config(**settings), share, pred, target, lam)
+    square = (pred - target).square().flatten(1).mean(1)
+    if expected == "l1":
+        want = (pred - target).abs().mean()
+    elif expected == "l2":
+        want = square.mean()
+    elif expected == "x":                                              # |x - y|^2 = lam |r - eps|^2 against zeta
+        want = (1 - (-lam * square).exp()).mean()
+    else:
+        want = (1 - (-square / expected ** 2).exp()).mean()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+# ================================================================================================================== RL
+
+def test_log_probs_are_those_of_torch():
+    y, prox = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    want = torch.distributions.Normal(1.2 * prox, math.sqrt(.4)).log_prob(y).flatten(1).mean(1)
+    torch.testing.assert_close(proxt2i.prox_logp(y, prox, .4), want)
+
+
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_kernel_is_the_sampler(method):
+    """The chain of means and noises gives the very image that run_chain gives from the same draws."""
+    answer, n = gaussian(0.7, 0.3)[method], 5
+    draws = {k: torch.randn(4, 1, 2, 2, dtype=torch.float64) for k in (*range(1, n + 1), "start")}
+    name = {"prox": "hybrid", "score": "sde-mean"}[method]
+    want = proxt2i.run_chain(name, answer, draws["start"], n, draws.__getitem__)
+    state = draws["start"]
+    if method == "prox":
+        gamma = proxt2i.beta_integral(1 - 1 / n, 1.0)
+        state = (1 + gamma / 2) * state + math.sqrt(gamma) * draws[n]
+    for k in range(n, 0, -1):
+        mean, std = proxt2i.kernel(method, answer, state, k, n)
+        state = mean + std * draws[k - (method == "prox")] if std else mean
+    torch.testing.assert_close(state, want)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Untrained tiny models of both kinds, whose head is not zero."""
+    out = tmp_path_factory.mktemp("uvit")
+    for name, lam in (("prox", True), ("score", False)):
+        pipe = models.fresh_uvit(f"tiny-{name}", None, lam, torch.float32, "cpu", 0)
+        models.save_uvit(pipe, out / name, None)
+    return out
+
+
+def run(argv, capsys):
+    proxt2i.main([str(word) for word in argv])
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+SMALL = ["--eval-images", 2, "--val-images", 2, "--cfg-also", 0, "--eval-steps", 2, "--eval-every", 0]
+
+
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, monkeypatch, reward_file):
+    monkeypatch.chdir(tmp_path)
+    line = ["rl", "--method", method, "--model", fresh / method, "--steps", 1, "--groups", 2, "--group-size", 2,
+            "--sample-steps", 3, "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
+            "--dtype", "float64", "--lr", 1e-3, "--out", "out", *SMALL]
+    last = run(line, capsys)
+    assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
+    rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-3) and rows[1]["backwards"] == 4 * 2
+    again = models.UViT.from_pretrained("out/transformer")
+    assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
+
+
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["train", "--method", method, "--model", f"tiny-{method}", "--batch", 4, "--save-every", 1, *SMALL]
+    run([*line, "--steps", 3, "--out", "whole"], capsys)
+    monkeypatch.setattr(data.Run, "done", lambda self: self.count["step"] >= 2)
+    run([*line, "--steps", 3, "--out", "parts"], capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run([*line, "--steps", 3, "--out", "parts", "--resume"], capsys)
+    one, two = (torch.load(f"{name}/last/state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one["params"] + one["ema"], two["params"] + two["ema"]))
+    pipe = models.load("whole/model")
+    assert pipe.family == "uvit" and pipe.latent_shape() == (3, 28, 28)
+    assert pipe.net.config["lam"] == (method == "prox")
+
+
+def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    proxt2i.main([str(word) for word in ("compare", "--model", fresh / "prox", "--compare-with", fresh / "score",
+                                         "--compare-steps", "2,4", "--out", "out", *SMALL)])
+    lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
+    assert lines[0] == ["shapes-strict", "2", "4"]
+    assert [line[0] for line in lines[1:]] == ["hybrid", "sde", "sde-mean", "ode", "dpm"]
+    assert Path("out/samples/compare.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("line, words", (
+    (["rl", "--sampler", "sde"], "wants a score model"), (["rl", "--sampler", "pda"], "--scheme hybrid"),
+    (["dance"], "dance"), (["rl", "--candidates", "4,x"], "4,x"), (["rl", "--sample-steps", 1], "2 or more"),
+    (["rl", "--zeta", 0], "--zeta"), (["train", "--scheme", "pda"], "10 steps or more"),
+    (["rl", "--method", "prox", "--model", "SCORE"], "lambda")), ids=str)
+def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = [str(fresh / "score") if word == "SCORE" else str(word) for word in line]
+    if "--model" not in line:
+        line += ["--model", str(fresh / "prox")] if line[0] in proxt2i.STAGES else []
+    with pytest.raises(SystemExit) as end:
+        proxt2i.main([*line, "--out", "out", *map(str, SMALL)])
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and err.startswith("error: ") and words in err, err
+    assert not Path("out").exists()
