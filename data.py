@@ -564,7 +564,7 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
+        if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.stopping, self.norms = False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
