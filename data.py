@@ -564,13 +564,15 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
+        if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.stopping, self.norms = False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
+        self.shards = None                                            # name of the last checkpoint's
         if self.state:
             self.count, self.norms = self.state["count"], self.state["norms"]
+            self.shards = self.state.get("shards")
         self.start = time.time() - self.count["seconds"]
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
@@ -727,8 +729,9 @@ class Run:
         name = f"shards-{self.count['step']}" if models.is_sharded(params) else ""
         if name:
             import torch.distributed.checkpoint as dcp
-            dcp.save(big, checkpoint_id=self.out / "last" / name)
-            big = {"shards": name}
+            if name != self.shards:                                   # never over those that state.pt names
+                dcp.save(big, checkpoint_id=self.out / "last" / name)
+            self.shards, big = name, {"shards": name}
         if self.rank == 0:
             buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size

@@ -429,10 +429,11 @@ def train(cfg):
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
-            for k in range(0, len(turn), cfg.micro_batch):
-                some = turn[k:k + cfg.micro_batch]
+            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
+            for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+                share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                some = turn[k:k + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]
-                share = len(some) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 for i in trained:
                     logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)

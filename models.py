@@ -1632,7 +1632,7 @@ class RandomText:
         shapes = [(self.lengths, width)] + [(config[name],) for name in ("pooled_projection_dim",) if name in config]
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
         return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-                     .to(p.device, p.dtype) for shape in shapes)
+                     .to(p.device, compute_dtype(self.pipe.net)) for shape in shapes)
 
 
 def check_widths(pipe, directory):
