@@ -774,6 +774,24 @@ def write_atomic(path, content):
     os.replace(new, path)
 
 
+def check_ratio(run, differences, stop=True):
+    """Before the first update: how far are the ratios of the weights to themselves from 1? differences: of log-probs.
+
+    stop: raise ValueError if further than a tenth of the clip range, which is a bug; else only say that the passes with
+    gradients differ so much, which bf16's rounding can do.
+    """
+    worst, limit = max(d.expm1().abs().max().item() for d in differences), run.cfg.clip_range / 10
+    if stop:
+        run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
+                f"{limit:.1e})")
+    if worst > limit and stop:
+        raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, over a "
+                         f"tenth of --clip-range {run.cfg.clip_range}; use --dtype float32 or a wider clip")
+    if worst > limit:
+        run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {run.cfg.dtype} takes part in "
+                f"the clip")
+
+
 def rate(cfg, updates):
     """The learning rate after so many updates: cfg.lr for lr_hold of them, then lr * lr_hold / updates; 0: constant."""
     return cfg.lr * min(1.0, cfg.lr_hold / max(updates, 1)) if cfg.lr_hold else cfg.lr

@@ -379,7 +379,7 @@ def train(cfg):
             run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
                     f"guidance {cfg.cfg_eval:g}")
         run.log(row)
-    checked = False
+    checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
@@ -414,18 +414,11 @@ def train(cfg):
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
-        if not checked and cfg.cfg_train == cfg.cfg_rollout:           # the same weights must give the same log-probs
+        if not checked:                                                # the same weights must give the same log-probs
             with torch.no_grad():
-                again = {(i, k): rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
-                         for k, s in enumerate(chunks) for i in trained}
-            worst = max(difference.expm1().abs().max().item() for difference in again.values())
-            run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
-                    f"{cfg.clip_range / 10:.1e})")
-            if worst > cfg.clip_range / 10:
-                raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, "
-                                 f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
-            checked = True
-        logs = torch.zeros(5, device=run.device, dtype=x.dtype)        # loss, kl, stats: means over the batch
+                data.check_ratio(run, [rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
+                                       for s in chunks for i in trained])
+        logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
@@ -443,7 +436,11 @@ def train(cfg):
                             _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
                         kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
                     ((loss + cfg.kl_beta * kl) * share).backward()
+                    differences.append(logp.detach() - logp_old[i][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+            if not checked:                                            # and so must the update's own passes, in bf16
+                data.check_ratio(run, differences, stop=False)         # but to its precision
+                checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)

@@ -194,7 +194,7 @@ def pda_lambdas(n):
 def prox_matching_loss(pred, target, zeta):
     """Proximal matching, Eq. (2): 1 - exp(-|pred - target|^2 / (d zeta^2)), to be minimised.
 
-    pred, target: (B, ...) of d numbers each; zeta: a float > 0, or (B,). Small zeta: only hits count, and the minimiser
+    pred, target: (B, ...) of d numbers each; zeta: a float > 0. Small zeta: only hits count, and the minimiser
     tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Source: [8].
     """
     return ops.prox_matching_loss(pred, target, zeta)
@@ -354,6 +354,15 @@ def answer_of(method, net, ctx, null, scale):
     return prox if method == "prox" else score
 
 
+def check_model(cfg, pipe):
+    """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method asks for."""
+    lam = pipe.net.config.get("lam") if pipe.family == "uvit" else None
+    if lam is None or lam != (cfg.method == "prox"):
+        kind = "no U-ViT" if lam is None else f"a {('score', 'prox')[lam]} model, {'with' if lam else 'without'} lambda"
+        raise ValueError(f"--model {cfg.model} is {kind}: --method {cfg.method} cannot use it")
+    default_sampler(cfg)
+
+
 def default_sampler(cfg):
     """The sampler's name: the flag's, or hybrid for a proximal model, dpm for a score model. ValueError for others."""
     name = cfg.sampler or (cfg.scheme if cfg.method == "prox" else "dpm")
@@ -454,7 +463,8 @@ def matching_loss(cfg, share, pred, target, lam):
     zeta, share = cfg.zeta, (share - cfg.warmup) / (1 - cfg.warmup + 1e-9)
     if cfg.zeta_start:
         zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * share
-    zeta = zeta if cfg.zeta_space == "residual" else zeta / lam.sqrt()
+    if cfg.zeta_space == "x":                                          # |prox - X_t|, sqrt(lam) times the residuals'
+        pred, target = (lam.sqrt()[:, None, None, None] * part for part in (pred, target))
     return prox_matching_loss(pred, target, zeta).mean()
 
 
@@ -472,7 +482,7 @@ def train(cfg):
     rows = {split: data.prompts(cfg.prompts, split) for split in ("val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    default_sampler(cfg)
+    check_model(cfg, pipe)
     shape, candidates = pipe.latent_shape(cfg.resolution), counts("candidates", cfg.candidates)
     mine = cfg.batch // run.world
     stream = data.WorldStream(cfg.seed, run.rank, mine, cfg.resolution or shape[1])
@@ -553,7 +563,7 @@ def train_rl(cfg):
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    pipe.latent_shape(cfg.resolution), default_sampler(cfg)            # refuse what the model cannot do
+    pipe.latent_shape(cfg.resolution), check_model(cfg, pipe)          # refuse what the model cannot do
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
@@ -570,7 +580,7 @@ def train_rl(cfg):
             run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
                     f"guidance {cfg.cfg_eval:g}")
         run.log(row)
-    checked = False
+    checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(states, k, part, scale):
         """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
@@ -599,24 +609,19 @@ def train_rl(cfg):
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
-        if not checked and cfg.cfg_train == cfg.cfg_rollout:           # the same weights must give the same log-probs
+        if not checked:                                                # the same weights must give the same log-probs
             with torch.no_grad():
-                worst = max((rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s])
-                            .expm1().abs().max().item() for s in chunks for k in trained)
-            run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
-                    f"{cfg.clip_range / 10:.1e})")
-            if worst > cfg.clip_range / 10:
-                raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, "
-                                 f"over a tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
-            checked = True
-        logs = torch.zeros(5, device=run.device, dtype=states.dtype)   # loss, kl, stats: means over the batch
+                data.check_ratio(run, [rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s]
+                                       for s in chunks for k in trained])
+        logs, differences = torch.zeros(5, device=run.device, dtype=states.dtype), []      # loss, kl, stats: means
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
-            for i in range(0, len(turn), cfg.micro_batch):
-                some = turn[i:i + cfg.micro_batch]
+            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
+            for i in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+                share = len(turn[i:i + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                some = turn[i:i + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]
-                share = len(some) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 for k in trained:
                     logp, mean, std = rescore(states[:, some], k, part, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
@@ -626,7 +631,11 @@ def train_rl(cfg):
                             _, mean_ref, _ = rescore(states[:, some], k, part, cfg.cfg_ref)
                         kl = (mean - mean_ref).square().mean() / (2 * std ** 2)            # exact, per dimension
                     ((loss + cfg.kl_beta * kl) * share).backward()
+                    differences.append(logp.detach() - logp_old[k][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+            if not checked:                                            # and so must the update's own passes, in bf16
+                data.check_ratio(run, differences, stop=False)         # but to its precision
+                checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
             if ema:
                 models.move(ema, params, 1 - cfg.ema)
@@ -661,6 +670,7 @@ def sample_stage(cfg):
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
+    check_model(cfg, pipe)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     run.begin()
     value, tags = evaluate(pipe, rows, rewards.load(cfg.eval_reward, device=run.device), cfg, run, cfg.cfg_eval)
@@ -681,6 +691,8 @@ def compare(cfg):
     if cfg.compare_with:
         other = "score" if cfg.method == "prox" else "prox"
         pipes[other] = models.load(cfg.compare_with, None, dtype, run.device)
+        check_model(replace(cfg, method=other, sampler="", model=cfg.compare_with), pipes[other])
+    check_model(replace(cfg, sampler=""), pipes[cfg.method])
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
     score, steps = rewards.load(cfg.eval_reward, device=run.device), counts("compare_steps", cfg.compare_steps)
     names = [name for name, method in SAMPLERS.items() if method in pipes and name != ("hybrid", "pda")[
@@ -698,7 +710,7 @@ def compare(cfg):
                 pipe = pipes[SAMPLERS[name]]
                 table[name, n], _ = evaluate(pipe, rows, score, one, run, cfg.cfg_eval)
                 if n in (min(steps), 10):
-                    grids.append(sample(pipe, shown, [("grid", i) for i in range(8)], one, cfg.cfg_eval))
+                    grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, cfg.cfg_eval))
                     titles.append(f"{name} {n}")
                 bar.update()
     lines = [[cfg.eval_reward, *steps], *([name, *(f"{table[name, n]:.3f}" for n in steps)] for name in names)]

@@ -13,7 +13,7 @@ FAMILIES = ("sd3", "flux", "sd14")
 
 
 def redraw(net, seed, std=0.7):
-    """Draw every weight anew, so that no branch is zero: matrices normal with std / sqrt(fan-in), the rest around 0, 1."""
+    """Draw every weight anew, so that no branch is zero: matrices by std / sqrt(fan-in), the rest around 0 or 1."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in net.named_parameters():

@@ -255,7 +255,8 @@ def test_outputs(module, flags, random_model):
     counters = {"step", "updates", "images", "forwards", "backwards", "skipped", "seconds"}
     assert all(counters <= set(row) for row in rows)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and [row["updates"] for row in rows] == [0, 2, 4, 6, 6]
-    assert "eval" in rows[0] and "eval" in rows[2] and rows[4]["eval_before"] == pytest.approx(last["eval_before"], abs=1e-4)
+    assert "eval" in rows[0] and "eval" in rows[2]
+    assert rows[4]["eval_before"] == pytest.approx(last["eval_before"], abs=1e-4)
     assert {"reward", "failed", "loss", "kl", "grad_norm", "stats"} <= set(rows[1])
     saved = json.loads(Path("out/config.json").read_text())
     assert saved["steps"] == 3 and set(saved) == set(module.Config.__dataclass_fields__)

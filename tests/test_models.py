@@ -517,8 +517,8 @@ def test_decode_and_latent_shape(random_model):
     (lambda d: shutil.rmtree(d / "text_encoder"), FileNotFoundError, r"text_encoder/config\.json is missing"),
     (lambda d: edit_json(d / "model_index.json", text_encoder=[None, None]), ValueError, r"give 0 \(CLIP\)"),
     (lambda d: saved_mmdit(d / "transformer"), ValueError, "give 32 .* takes 24 .* different models")),
-    ids=("no directory", "no index", "another pipeline", "an unknown pipeline", "an unknown part", "no network", "a VAE",
-         "no text encoder", "none named", "too wide"))
+    ids=("no directory", "no index", "another pipeline", "an unknown pipeline", "an unknown part", "no network",
+         "a VAE", "no text encoder", "none named", "too wide"))
 def test_a_damaged_pipeline_is_an_error_that_names_the_file(damage, error, message, random_model, tmp_path):
     shutil.copytree(random_model, tmp_path / "model")
     damage(tmp_path / "model")

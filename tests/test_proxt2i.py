@@ -1,4 +1,4 @@
-"""proxt2i.py: samplers and losses against closed forms, its chain against torch.distributions, its stages end to end."""
+"""proxt2i.py: samplers and losses against closed forms, its chain against torch.distributions, its stages."""
 import json
 import math
 from pathlib import Path
@@ -223,12 +223,12 @@ SMALL = ["--eval-images", 2, "--val-images", 2, "--cfg-also", 0, "--eval-steps",
 def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, monkeypatch, reward_file):
     monkeypatch.chdir(tmp_path)
     line = ["rl", "--method", method, "--model", fresh / method, "--steps", 1, "--groups", 2, "--group-size", 2,
-            "--sample-steps", 3, "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
-            "--dtype", "float64", "--lr", 1e-3, "--out", "out", *SMALL]
+            "--updates", 1, "--sample-steps", 3, "--reward", f"{reward_file}:red",
+            "--eval-reward", f"{reward_file}:red", "--dtype", "float64", "--lr", 1e-3, "--out", "out", *SMALL]
     last = run(line, capsys)
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-3) and rows[1]["backwards"] == 4 * 2
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2
     again = models.UViT.from_pretrained("out/transformer")
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
