@@ -538,12 +538,17 @@ def load_policy(cfg, run, fresh=False):
 
 @contextlib.contextmanager
 def exit_codes():
-    """0 done; 2 and one line for what our own code refuses; 1 and a traceback for anything else, a bug."""
+    """0 done; 2 and one line for what our own code refuses or a GPU that is too small; 1 and a traceback for a bug."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent != pathlib.Path(__file__).resolve().parent:
+        if isinstance(error, torch.OutOfMemoryError):
+            size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
+            fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.05), default=24)
+            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which chooses --micro-batch, "
+                     f"--checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
+        elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
         sys.stderr.flush()

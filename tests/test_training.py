@@ -492,3 +492,13 @@ def test_missing_and_damaged_files(module, flags, refused, folder, tmp_path):
         pickle.with_suffix(".safetensors").unlink()
     damaged("sd14", as_pickle, pickle, "pickle", "safetensors")
     damaged("sd3", lambda: torch.save({}, whole), whole, "damaged")
+
+
+def test_too_little_memory_names_the_plan_that_fits(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gigabytes, plan in ((23.6, 24), (47.4, 48), (79.3, 80), (139.8, 141), (11.0, 24)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gigabytes * 2 ** 30)))
+        with pytest.raises(SystemExit) as end, data.exit_codes():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and f"--gpu-memory {plan}," in lines[0], lines
