@@ -546,7 +546,7 @@ def exit_codes():
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.05), default=24)
-            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which chooses --micro-batch, "
+            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch, "
                      f"--checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
         elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
