@@ -1,12 +1,14 @@
-"""What goes into a run: prompts, and the tiny world that stands in for a web-scale data set on a laptop.
+"""What goes into a run: prompts, images, and the tiny world that stands in for a web-scale data set on a laptop.
 
     python data.py world --out tests/world.png                  # a contact sheet of the tiny world
 """
 import argparse
+import collections
 import contextlib
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -21,14 +23,16 @@ import shutil
 import signal
 import statistics
 import sys
+import tarfile
 import textwrap
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # =====================================================================================================================
@@ -399,6 +403,281 @@ def _rows(suffix, text):
     if suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
     return json.loads(text) if lines else []
+
+
+# =====================================================================================================================
+# Image data sets: a stream that resumes anywhere
+# =====================================================================================================================
+# What cannot be used (a torn shard, a broken or giant image, a missing caption, a path that leads out of its shard) is
+# left out: .bad lists it with its reason, .skipped counts the reasons. Nothing is ever unpacked to disk.
+
+KINDS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 2**26                            # 8192 x 8192; a larger image is refused before it is decoded
+
+
+class Bad(Exception):
+    """A sample that cannot be used. The message is the reason, in the same words for all that share it."""
+
+
+def find_shards(paths):
+    """The shards of a data set, [(path, key, caption)]: each .tar, and each image of a folder as a shard of its own.
+
+    paths: .tar files, folders and patterns, one or a list. A folder is its .tar files, else the rows of its
+    metadata.jsonl (file_name, text), else its images, with captions in .txt or .json files beside them. key, caption:
+    None for a .tar; caption: None for a file beside the image. Raises ValueError where there is nothing.
+    """
+    shards = []
+    for pattern in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        for path in map(pathlib.Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))):
+            if tars := [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")):
+                shards += [(str(tar), None, None) for tar in tars]
+            elif (table := path / "metadata.jsonl").is_file():
+                for n, line in enumerate(table.read_bytes().splitlines(), 1):
+                    try:
+                        name, text = json.loads(line)["file_name"], json.loads(line).get("text")
+                        shards.append((str(path / name), os.path.splitext(name)[0], str(text or "")))
+                    except (ValueError, LookupError, TypeError):
+                        raise ValueError(f"{table}, line {n}: not an object with file_name and text: {line}") from None
+            else:
+                shards += [(str(file), str(file.relative_to(path).with_suffix("")), None)
+                           for file in sorted(path.rglob("*")) if file.suffix[1:].lower() in KINDS]
+    if not shards:
+        raise ValueError(f"no images at {paths}: name .tar files, a folder of them, a folder of images, or a pattern")
+    return shards
+
+
+def unsafe(path):
+    """Does a path inside a data set lead out of it: absolute, on a drive, or with a ".." in it?"""
+    return bool(re.match(r"[/\\]|\w:", path)) or ".." in re.split(r"[/\\]", path)
+
+
+def read_tar(path, drop, start=0):
+    """The samples of a WebDataset shard, in its order and from number `start` on: (key, {extension: bytes}).
+
+    A sample is the files in a row that share their path up to the name's first dot. drop(member, reason) is called for
+    an unsafe member or one that is no plain file, and drop("", reason) for a shard that is no tar or is cut short: then
+    its last sample, which may lack a part, is left out.
+    """
+    n, key, files, reason = -1, None, {}, "not a tar file"
+    try:
+        with open(path, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+            reason = "cut short"
+            for member in tar:
+                if unsafe(member.name):
+                    drop(member.name, "unsafe path")
+                elif not (member.isdir() or member.isreg()) or member.issparse():      # sparse: few bytes, vast files
+                    drop(member.name, "not a plain file")
+                elif name := member.isreg() and re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.S):
+                    stem, kind = name[1], name[2].lower()              # hidden files have no stem: passed over
+                    if stem != key:
+                        if n >= start:
+                            yield key, files
+                        n, key, files = n + 1, stem, {}
+                    if n >= start and kind in (*KINDS, "txt", "json"):
+                        files[kind] = tar.extractfile(member).read()
+            f.seek(tar.offset)
+            if f.read(512) != bytes(512):                              # tarfile takes a torn header for the end
+                raise tarfile.ReadError
+            if n >= start:
+                yield key, files
+    except (tarfile.TarError, ValueError, OverflowError):              # the last two: headers that are noise
+        drop("", reason)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def open_image(files, max_pixels):
+    """A sample's image, opened but not decoded. Raises Bad if it is missing, no JPEG, PNG or WebP, or too large."""
+    content = next((files[kind] for kind in KINDS if kind in files), None)
+    if content is None:
+        raise Bad("no image")
+    if Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels                            # Pillow's own limit, raised when asked for
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+    except Exception as error:                                         # Pillow raises what it likes on noise
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise Bad("too many pixels" if bomb else "corrupt image") from None
+    if image.width * image.height > max_pixels:
+        raise Bad("too many pixels")
+    return image
+
+
+def decoded(image):
+    """An opened image in RGB, upright, on white where it is transparent. Raises Bad if its file is damaged."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+    except Exception:
+        raise Bad("corrupt image") from None
+
+
+def read_meta(files):
+    """A sample's .json as a dict, empty if there is none. Raises Bad."""
+    try:
+        return dict(json.loads(files.get("json", b"{}")))
+    except (ValueError, TypeError, RecursionError):
+        raise Bad("corrupt json") from None
+
+
+def read_caption(files):
+    """A sample's caption: its .txt, else the "caption" in its .json. Raises Bad if that is missing, blank or noise."""
+    try:
+        text = files.get("txt", b"").decode("utf-8-sig").strip() or read_meta(files).get("caption")
+    except UnicodeDecodeError:
+        raise Bad("corrupt caption") from None
+    if not isinstance(text, str) or not text.strip():
+        raise Bad("no caption")
+    return text.strip()
+
+
+def ahead(pool, n, function, items):
+    """function(item) for every item, in order, up to n of them computed ahead in a pool."""
+    jobs = collections.deque()
+    for item in items:
+        jobs.append(pool.submit(function, item))
+        if len(jobs) > n:
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
+
+
+class Stream:
+    """A walk over shards, epoch after epoch, that can stop anywhere and go on bit for bit.
+
+    Each epoch deals the shards, in an order drawn by (seed, epoch), to the ranks. A rank reads `block` samples at once
+    and permutes them; threads decode up to a block ahead. shuffle=False: the files' order. epochs=None: without end.
+    A subclass has read(shard, start), which yields (name, raw); decode(raw), a dict, or it raises Bad; and
+    collate(samples), a batch. Raises ValueError for fewer shards than ranks, and after an epoch without one sample.
+    """
+
+    def __init__(self, shards, rank, world, seed, epochs, shuffle, block, workers):
+        if len(shards) < world:
+            raise ValueError(f"{len(shards)} shards cannot be dealt to {world} processes, the first is {shards[0][0]}: "
+                             f"start at most {len(shards)}, or cut the data into more shards")
+        self.shards, self.rank, self.world, self.seed = shards, rank, world, seed
+        self.epochs, self.shuffle, self.block, self.workers = epochs, shuffle, block, workers
+        self.bad, self.skipped = {}, collections.Counter()             # {sample: reason}, {reason: how many}
+        self.at = {"epoch": 0, "shard": 0, "sample": 0, "taken": 0}    # `taken` of the block that begins at `sample`
+        self.of = {"rank": rank, "world": world, "seed": seed, "shuffle": shuffle, "block": block,
+                   "data": mix(*(pathlib.Path(path).name for path, *_ in shards))}
+
+    def state(self):
+        """The position, after the last sample or batch that was given out: a small dict for JSON, one for each rank."""
+        return {**self.at, "of": self.of}
+
+    def restore(self, state):
+        """Let the next iteration go on where a state was taken. ValueError if it is another data set's, or rank's."""
+        for name, value in self.of.items():
+            if state["of"].get(name) != value:
+                raise ValueError(f"this position in the data was saved with {name}={state['of'].get(name)}, and now it "
+                                 f"is {value}: go on with the same data, seed and number of processes, or start anew")
+        self.at = {name: state[name] for name in self.at}
+
+    def drop(self, name, reason):
+        """Leave a sample out: listed once however often it is met. The first of each reason is said."""
+        if name not in self.bad:
+            self.bad[name] = reason
+            self.skipped[reason] += 1
+            if self.skipped[reason] == 1:
+                tqdm.write(f"left out, {reason}: {name} (others are only counted)", file=sys.stderr)
+
+    def _samples(self, shards, shard, sample):
+        for i in range(shard, len(shards)):
+            for j, (name, raw) in enumerate(self.read(shards[i], sample), sample + 1):
+                yield name, raw, {"shard": i, "sample": j, "taken": 0}
+            sample = 0
+
+    def _walk(self):
+        """(name, raw, the position after it) of every sample from here on; without a name at the end of an epoch."""
+        at = self.at
+        while self.epochs is None or at["epoch"] < self.epochs:
+            shards = list(self.shards)
+            if self.shuffle:
+                random.Random(f"shards {self.seed} {at['epoch']}").shuffle(shards)
+            samples = self._samples(shards[self.rank::self.world], at["shard"], at["sample"])
+            while block := list(itertools.islice(samples, self.block)):
+                after = {**at, **block[-1][2]}
+                if self.shuffle:
+                    key = mix("block", self.seed, self.rank, at["epoch"], at["shard"], at["sample"])
+                    random.Random(key).shuffle(block)
+                for n, (name, raw, _) in enumerate(block[at["taken"]:], at["taken"] + 1):
+                    yield name, raw, {**at, "taken": n}
+                at = after
+            at = {"epoch": at["epoch"] + 1, "shard": 0, "sample": 0, "taken": 0}
+            yield None, None, at
+
+    def _job(self, item):
+        name, raw, at = item
+        try:
+            return name, name and self.decode(raw), at
+        except Bad as bad:
+            return name, str(bad), at
+
+    def __iter__(self):
+        found = any(self.at.values())                                  # in the middle, what came before is not known
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for name, sample, self.at in ahead(pool, self.block, self._job, self._walk()):
+                if isinstance(sample, dict):
+                    found = True
+                    yield sample
+                elif name:
+                    self.drop(name, sample)
+                elif not found:
+                    raise ValueError(f"rank {self.rank} found nothing to use in its {len(self.shards)} / {self.world} "
+                                     f"shards, the first is {self.shards[0][0]}: {dict(self.skipped)}")
+                else:
+                    found = False                                      # an epoch ends here, another begins
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def batches(self, batch_size):
+        """Batches, collated; at the end of the last epoch one may be smaller."""
+        samples = iter(self)
+        while rows := list(itertools.islice(samples, batch_size)):
+            yield self.collate(rows)
+
+
+class Images(Stream):
+    """Images and their captions: dicts of image (3, size, size) uint8, caption, key; batches of (B, 3, size, size)
+    float32 in [0, 1] and B captions.
+
+    paths: see find_shards; a .tar is WebDataset's, as img2dataset writes it: KEY.jpg (.png, .webp) with KEY.txt or
+    KEY.json. An image is resized, bicubic with antialias, to `size` along its short edge, and the middle is cut out.
+    max_pixels: the most an image may have. The rest: see Stream.
+    """
+
+    def __init__(self, paths, size, rank=0, world=1, seed=0, epochs=None, shuffle=True, block=512, workers=4,
+                 max_pixels=MAX_PIXELS):
+        self.size, self.max_pixels = size, max_pixels
+        super().__init__(find_shards(paths), rank, world, seed, epochs, shuffle, block, workers)
+        self.of["size"] = size
+
+    def read(self, shard, start):
+        path, key, caption = shard
+        if key is None:
+            for raw in read_tar(path, lambda name, reason: self.drop(f"{path}/{name}".rstrip("/"), reason), start):
+                yield f"{path}/{raw[0]}", raw
+        elif unsafe(key):
+            self.drop(path, "unsafe path")
+        elif start == 0:
+            file = pathlib.Path(path)
+            beside = {kind: file.with_suffix(f".{kind}") for kind in ("txt", "json")} | {file.suffix[1:].lower(): file}
+            files = {kind: part.read_bytes() for kind, part in beside.items() if part.is_file()}
+            yield path, (key, files if caption is None else {**files, "txt": caption.encode()})
+
+    def decode(self, raw):
+        key, files = raw
+        caption = read_caption(files)
+        image = ImageOps.fit(decoded(open_image(files, self.max_pixels)), (self.size, self.size), Image.BICUBIC)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
+        return {"image": pixels.permute(2, 0, 1).contiguous(), "caption": caption, "key": key}
+
+    def collate(self, samples):
+        return torch.stack([s["image"] for s in samples]).float() / 255, [s["caption"] for s in samples]
 
 
 # =====================================================================================================================

@@ -1,0 +1,284 @@
+"""Image data sets: shards, folders, damage, resuming."""
+import io
+import itertools
+import json
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from data import Images
+
+torch.set_num_threads(1)
+
+
+def picture(seed, size=(40, 32), kind="PNG", **options):
+    """The bytes of an image: smooth and random, or in one colour if `seed` is a colour's name."""
+    if isinstance(seed, str):
+        image = Image.new("RGB", size, seed)
+    else:
+        g = torch.Generator().manual_seed(seed)
+        image = Image.fromarray((torch.rand(5, 5, 3, generator=g) * 255).byte().numpy()).resize(size, Image.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    """members: {name: bytes, str, or a type's number for a member that is no file}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                content = content.encode()
+            if isinstance(content, int):
+                member.type, member.linkname, content = bytes([content]), "/etc/passwd", b""
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample(key, seed=None, text=None, **options):
+    return {f"{key}.png": picture(int(key) if seed is None else seed, **options),
+            f"{key}.txt": text or f"caption {key}"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Four tars with 5, 3, 4 and 2 samples of two images' sizes."""
+    folder, n = tmp_path_factory.mktemp("shards"), 0
+    for i, count in enumerate((5, 3, 4, 2)):
+        rows = [sample(f"{n + j:03d}", size=((40, 32), (32, 64))[j % 2]) for j in range(count)]
+        write_tar(folder / f"{i:05d}.tar", {name: content for row in rows for name, content in row.items()})
+        n += count
+    return folder
+
+
+def take(stream, n=None):
+    return [(s["key"], s["caption"], s["image"] if "image" in s else s["latents"])
+            for s in itertools.islice(iter(stream), n)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(x[:2] == y[:2] and torch.equal(x[2], y[2]) for x, y in zip(a, b))
+
+
+def keys(stream, n=None):
+    return [row[0] for row in take(stream, n)]
+
+
+# =========================================================================================================== the stream
+
+@pytest.mark.parametrize("shuffle", (True, False))
+@pytest.mark.parametrize("world", (1, 2, 3))
+def test_ranks_cover_everything_once_an_epoch(shards, world, shuffle):
+    everything = [f"{i:03d}" for i in range(14)]
+    for epochs in (1, 2):
+        seen = [keys(Images(shards, 16, r, world, epochs=epochs, shuffle=shuffle, block=4)) for r in range(world)]
+        assert sorted(sum(seen, [])) == sorted(everything * epochs)
+    if world == 1:
+        assert (seen[0] == everything * 2) == (not shuffle)
+        assert shuffle == (seen[0][:14] != seen[0][14:])
+
+
+def test_order_is_a_function_of_seed(shards):
+    a, b, c = (keys(Images(shards, 16, seed=seed, block=4), 30) for seed in (0, 0, 1))
+    assert a == b != c
+
+
+@pytest.mark.parametrize("rank, world, block, workers", ((0, 1, 4, 3), (1, 2, 512, 1), (2, 3, 1, 2)))
+def test_resumes_inside_a_shard_bit_for_bit(shards, rank, world, block, workers):
+    make = lambda: Images(shards, 16, rank, world, seed=3, block=block, workers=workers)
+    whole = take(make(), 20)
+    for cut in (0, 1, 2, 4, 5, 9, 14, 15, 19):
+        stream, rest = make(), make()
+        assert same(take(stream, cut), whole[:cut])
+        rest.restore(json.loads(json.dumps(stream.state())))
+        assert same(take(rest, 20 - cut), whole[cut:]), cut
+
+
+def test_batches(shards):
+    stream = Images(shards, 16, seed=1, epochs=1, block=4)
+    whole = take(Images(shards, 16, seed=1, epochs=1, block=4))
+    got, rest = list(itertools.islice(stream.batches(4), 2)), Images(shards, 16, seed=1, epochs=1, block=4)
+    rest.restore(stream.state())
+    got += rest.batches(4)
+    assert [len(captions) for _, captions in got] == [4, 4, 4, 2]
+    images = torch.cat([images for images, _ in got])
+    assert images.dtype == torch.float32 and torch.equal((images * 255).byte(), torch.stack([x for *_, x in whole]))
+    assert [c for _, captions in got for c in captions] == [caption for _, caption, _ in whole]
+
+
+@pytest.mark.parametrize("size", ((64, 32), (32, 96), (32, 32)))
+def test_the_central_square_resized_with_antialias(tmp_path, size):
+    content = picture(0, size)
+    shard = write_tar(tmp_path / "0.tar", {"0.png": content, "0.txt": "x"})
+    got = take(Images(shard, 16), 1)[0][2]
+    x = torch.from_numpy(np.array(Image.open(io.BytesIO(content)))).permute(2, 0, 1)[None].float()
+    w, h = size[0] // 2, size[1] // 2                                  # resized first, then cut: a short edge of 16
+    wanted = F.interpolate(x, (h, w), mode="bicubic", antialias=True)[0].clamp(0, 255)
+    wanted = wanted[:, (h - 16) // 2:(h + 16) // 2, (w - 16) // 2:(w + 16) // 2]
+    assert got.dtype == torch.uint8 and got.shape == (3, 16, 16)
+    assert (got.float() - wanted).abs().max() < 1.01
+
+
+def test_transparent_is_white_and_turned_is_upright(tmp_path):
+    clear = io.BytesIO()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(clear, "PNG")
+    exif = Image.Exif()
+    exif[0x112] = 6                                                    # to be turned by a quarter
+    turned = io.BytesIO()
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 32, 16))                               # the upper half
+    image.save(turned, "JPEG", exif=exif)
+    shard = write_tar(tmp_path / "0.tar", {"0.png": clear.getvalue(), "0.txt": "x",
+                                           "1.JPG": turned.getvalue(), "1.TXT": "y"})
+    (_, _, a), (_, _, b) = take(Images(shard, 16, shuffle=False), 2)
+    assert (a == 255).all() and (b[:, :, 10:] > 200).all() and (b[:, :, :6] < 50).all()
+
+
+def test_what_lies_between_the_samples(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", {
+        "./a/": tarfile.DIRTYPE[0], "./a/0.JPEG": picture(0, kind="JPEG"), "./a/._0.txt": b"\0", "./a/0.txt": "zero",
+        "README": "x", "./a/0.b.txt": "of no known kind", "./a/1.npy": b"x" * 9, "./a/1.json": '{"caption": "one"}',
+        "./a/1.png": picture(1), "./a/2.png": picture(2), "./a/2.txt": "", "./a/2.json": '{"caption": " two "}'})
+    stream = Images(shard, 16, shuffle=False, epochs=1)
+    assert [row[:2] for row in take(stream)] == [("./a/0", "zero"), ("./a/1", "one"), ("./a/2", "two")]
+    assert not stream.skipped
+
+
+def test_folders(tmp_path):
+    beside, table = tmp_path / "beside", tmp_path / "table"
+    for folder in (beside / "00000", table):
+        folder.mkdir(parents=True)
+        for i in range(4):
+            (folder / f"{i}.png").write_bytes(picture(i))
+    (beside / "00000" / "0.txt").write_text("zero\n")
+    (beside / "00000" / "1.json").write_text('{"caption": "one"}')
+    (beside / "00000" / "2.txt").write_text("  ")
+    (table / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"file_name": "0.png", "text": "zero"}, {"file_name": "1.png"}, {"file_name": "gone.png", "text": "x"},
+        {"file_name": "../beside/00000/0.png", "text": "x"}, {"file_name": "3.png", "text": "three"})))
+    stream = Images(beside, 16, shuffle=False, epochs=1)
+    assert [row[:2] for row in take(stream)] == [("00000/0", "zero"), ("00000/1", "one")]
+    assert stream.skipped == {"no caption": 2}
+    stream = Images([table], 16, shuffle=False, epochs=1)
+    assert [row[:2] for row in take(stream)] == [("0", "zero"), ("3", "three")]
+    assert stream.skipped == {"no caption": 1, "no image": 1, "unsafe path": 1}
+    make = lambda: Images([beside, table], 16, seed=1, block=3)
+    whole = take(make(), 12)
+    for cut in range(12):
+        stream, rest = make(), make()
+        take(stream, cut)
+        rest.restore(stream.state())
+        assert same(take(rest, 12 - cut), whole[cut:]), cut
+    both = [keys(Images([beside, str(table)], 16, r, 3, epochs=2)) for r in range(3)]
+    assert sorted(sum(both, [])) == sorted(["00000/0", "00000/1", "0", "3"] * 2)
+    (table / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "zero"}\n["0.png"]\n')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
+        Images(table, 16)
+
+
+# =============================================================================================================== damage
+
+BOMB = picture("red", (3000, 3000))
+GIANT = BOMB[:16] + (60000).to_bytes(4, "big") * 2 + BOMB[24:29]       # a PNG that says 60000 x 60000
+GIANT += zlib.crc32(GIANT[12:]).to_bytes(4, "big") + BOMB[33:]
+DAMAGE = {
+    "no image": {"9.txt": "x"},
+    "no caption": {"9.png": picture(0)},
+    "corrupt caption": {"9.png": picture(0), "9.txt": b"\xff\xfe\x00x"},
+    "corrupt json": {"9.png": picture(0), "9.json": "{"},
+    "corrupt image": {"9.png": b"no picture at all", "9.txt": "x"},
+    "too many pixels": {"9.png": BOMB, "9.txt": "x"},
+    "not a plain file": {"9.png": tarfile.SYMTYPE[0]},
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+@pytest.mark.parametrize("at", (0, 1))
+def test_damage_is_counted_and_the_rest_is_read(tmp_path, reason, at, capsys):
+    good = [sample("1"), sample("2")]
+    good.insert(at, DAMAGE[reason])
+    write_tar(tmp_path / "0.tar", {name: content for row in good for name, content in row.items()})
+    stream = Images(tmp_path, 16, epochs=2, max_pixels=2**20)
+    assert sorted(keys(stream)) == ["1", "1", "2", "2"]                # listed and said once, in two epochs
+    assert stream.skipped == {reason: 1} and list(stream.bad.values()) == [reason]
+    assert capsys.readouterr().err.count(reason) == 1
+
+
+@pytest.mark.parametrize("content", (picture(0)[:-40], picture(0)[:60], picture(0, kind="JPEG")[:200], b"",
+                                     picture(0, kind="TIFF"), picture(0, kind="PPM")))
+def test_images_that_do_not_decode(tmp_path, content):
+    shard = write_tar(tmp_path / "0.tar", {**sample("1"), "2.jpg": content, "2.txt": "x"})
+    stream = Images(shard, 16, epochs=1)
+    assert keys(stream) == ["1"] and stream.skipped == {"corrupt image": 1}
+
+
+def test_the_pixel_limit(tmp_path, monkeypatch):
+    shard = write_tar(tmp_path / "0.tar", {"1.png": GIANT, "1.txt": "x", **sample("2", size=(64, 40))})
+    stream = Images(shard, 16, epochs=1)
+    assert keys(stream) == ["2"] and stream.skipped == {"too many pixels": 1}
+    assert keys(Images(shard, 16, epochs=1, max_pixels=64 * 40)) == ["2"]
+    with pytest.raises(ValueError, match="nothing to use.*'too many pixels': 2"):
+        keys(Images(shard, 16, epochs=1, max_pixels=64 * 40 - 1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)               # Pillow's own limit gives way to ours
+    assert keys(Images(shard, 16, epochs=1, max_pixels=64 * 40)) == ["2"]
+
+
+@pytest.mark.parametrize("name", ("/tmp/9.png", "../9.png", "a/../../9.png", "..\\9.png", "C:/9.png", "\\9.png"))
+def test_paths_that_lead_out_are_refused(tmp_path, name):
+    shard = write_tar(tmp_path / "0.tar", {"a..b/1.png": picture(1), "a..b/1.txt": "fine", name: picture(2),
+                                           name.replace("png", "txt"): "x"})
+    stream = Images(shard, 16, epochs=1)
+    assert keys(stream) == ["a..b/1"] and stream.skipped == {"unsafe path": 2}
+    assert [path.name for path in tmp_path.rglob("*")] == ["0.tar"]    # nothing was unpacked
+
+
+def test_a_shard_cut_anywhere(tmp_path):
+    rows = [sample(f"{i}", size=(8, 8)) for i in range(3)]
+    members = {name: content for row in rows for name, content in row.items()}
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        starts = [member.offset for member in tar if member.name.endswith("png")]
+        end = tar.getmembers()[-1].offset_data + 512
+    for cut in sorted({*range(512, end + 513, 512), *range(700, end, 700)}):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        bad, expected = [], sum(start < cut for start in starts[1:])   # a sample is whole once the next has begun
+        got = list(data.read_tar(tmp_path / "cut.tar", lambda *x: bad.append(x)))
+        if cut >= end + 512:
+            assert len(got) == 3 and not bad
+        else:
+            assert bad == [("", "cut short")] and len(got) in (expected, expected - 1), cut
+        assert all(files == {"png": rows[i][f"{i}.png"], "txt": rows[i][f"{i}.txt"].encode()}
+                   for i, (_, files) in enumerate(got))
+    for content, reason in ((b"", "not a tar file"), (b"x" * 3000, "not a tar file"), (whole[:100], "not a tar file")):
+        (tmp_path / "cut.tar").write_bytes(content)
+        assert list(data.read_tar(tmp_path / "cut.tar", lambda *x: bad.append(x))) == [] and bad[-1] == ("", reason)
+
+
+def test_refused(tmp_path, shards):
+    for paths, words in ((tmp_path, "no images"), (tmp_path / "gone", "gone"), ([], "no images"),
+                         (str(tmp_path / "*.tar"), "pattern")):
+        with pytest.raises(ValueError, match=words):
+            Images(paths, 16)
+    with pytest.raises(ValueError, match="4 shards cannot be dealt to 5"):
+        Images(shards, 16, world=5)
+    write_tar(tmp_path / "bad.tar", DAMAGE["no image"])
+    for epochs in (1, None):                                           # the endless stream does not search for ever
+        with pytest.raises(ValueError, match=r"nothing to use.*bad.tar: \{'no image': 1\}"):
+            keys(Images(tmp_path, 16, epochs=epochs))
+    write_tar(tmp_path / "bad.tar", {})
+    with pytest.raises(ValueError, match="nothing to use"):
+        keys(Images(tmp_path, 16))
+    state = Images(shards, 16).state()
+    for other in (Images(shards, 16, seed=1), Images(shards, 16, 1, 2), Images(shards / "00000.tar", 16),
+                  Images(shards, 8)):
+        with pytest.raises(ValueError, match="was saved with"):
+            other.restore(state)
