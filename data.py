@@ -30,6 +30,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -406,7 +407,7 @@ def _rows(suffix, text):
 
 
 # =====================================================================================================================
-# Image data sets: a stream that resumes anywhere
+# Image data sets: a stream that resumes anywhere, and latents that are computed once
 # =====================================================================================================================
 # What cannot be used (a torn shard, a broken or giant image, a missing caption, a path that leads out of its shard) is
 # left out: .bad lists it with its reason, .skipped counts the reasons. Nothing is ever unpacked to disk.
@@ -545,7 +546,7 @@ def ahead(pool, n, function, items):
 
 
 class Stream:
-    """A walk over shards, epoch after epoch, that can stop anywhere and go on bit for bit.
+    """A walk over shards, epoch after epoch, that can stop anywhere and go on bit for bit: of Images, of Cached.
 
     Each epoch deals the shards, in an order drawn by (seed, epoch), to the ranks. A rank reads `block` samples at once
     and permutes them; threads decode up to a block ahead. shuffle=False: the files' order. epochs=None: without end.
@@ -678,6 +679,79 @@ class Images(Stream):
 
     def collate(self, samples):
         return torch.stack([s["image"] for s in samples]).float() / 255, [s["caption"] for s in samples]
+
+
+@torch.no_grad()
+def latents(images, vae, encode_text, folder, batch_size=16, per_file=1000):
+    """Encode a data set once, into a folder that Cached reads: each image's latent, each caption's features.
+
+    images: Images with epochs=1; each rank encodes its part. vae.encode gives the posterior's mean, scaled as networks
+    want it; encode_text(captions) gives a tensor (B, ...) or a tuple of them; both keep their dtypes. Writes
+    RANK-of-WORLD-N.safetensors of `per_file` samples, and index.json once all ranks are done. After a kill the same
+    call goes on. One folder, one VAE and one text encoder: their weights are not compared.
+    """
+    if images.epochs != 1:
+        raise ValueError(f"latents of {images.shards[0][0]}: epochs={images.epochs}; a cache is one pass, so epochs=1")
+    folder, part = pathlib.Path(folder), f"{images.rank}-of-{images.world}"
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f"index-{part}.json"
+    index = {"files": [], "state": images.state(), "bad": {}, "done": False}
+    if own.exists():
+        index = json.loads(own.read_bytes())
+    images.restore(index["state"])
+    for name, reason in index["bad"].items():
+        images.drop(name, reason)
+    device, samples = next(vae.parameters()).device, iter(images)
+    while not index["done"]:
+        parts, rows = [], []
+        while batch := list(itertools.islice(samples, min(batch_size, per_file - len(rows)))):
+            pixels, captions = images.collate(batch)
+            context = encode_text(captions)
+            context = context if isinstance(context, tuple) else (context,)
+            parts.append([x.cpu() for x in (vae.encode(pixels.to(device)), *context)])
+            rows += [(sample["key"], sample["caption"]) for sample in batch]
+        if rows:
+            tensors = {f"{i}": torch.cat(column).contiguous() for i, column in enumerate(zip(*parts))}
+            index["files"].append(f"{part}-{len(index['files']):05d}.safetensors")
+            write_atomic(folder / index["files"][-1], safetensors.torch.save(tensors, {"samples": json.dumps(rows)}))
+        index |= {"state": images.state(), "bad": images.bad, "done": len(rows) < per_file}
+        write_atomic(own, json.dumps(index).encode())
+    parts = [folder / f"index-{rank}-of-{images.world}.json" for rank in range(images.world)]
+    parts = [json.loads(file.read_bytes()) for file in parts if file.exists()]
+    if len(parts) == images.world and all(part["done"] for part in parts):
+        skipped = collections.Counter(reason for part in parts for reason in part["bad"].values())
+        whole = {"files": [file for part in parts for file in part["files"]], "skipped": skipped}
+        write_atomic(folder / "index.json", json.dumps(whole, indent=2).encode())
+
+
+class Cached(Stream):
+    """What `latents` wrote, read as Images are: dicts of latents (C, H, W), context (a tuple of tensors), caption, key;
+    batches of latents (B, C, H, W) followed by each context (B, ...). ValueError if the folder is not finished.
+    """
+
+    def __init__(self, folder, rank=0, world=1, seed=0, epochs=None, shuffle=True, block=512, workers=4):
+        index = pathlib.Path(folder) / "index.json"
+        if not index.is_file():
+            raise ValueError(f"{index} does not exist: the latents are not finished; call data.latents there again")
+        files = [(str(index.parent / file),) for file in json.loads(index.read_bytes())["files"]]
+        super().__init__(files, rank, world, seed, epochs, shuffle, block, workers)
+
+    def read(self, shard, start):
+        path, = shard
+        try:
+            file = safetensors.safe_open(path, "pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"cannot read {path}: {error}; remove the folder and call data.latents again") from None
+        for i, (key, caption) in list(enumerate(json.loads(file.metadata()["samples"])))[start:]:
+            yield f"{path}/{key}", (file, i, key, caption)
+
+    def decode(self, raw):
+        file, i, key, caption = raw
+        latents, *context = (file.get_slice(f"{j}")[i] for j in range(len(file.keys())))
+        return {"latents": latents, "context": tuple(context), "caption": caption, "key": key}
+
+    def collate(self, samples):
+        return tuple(torch.stack(x) for x in zip(*((s["latents"], *s["context"]) for s in samples)))
 
 
 # =====================================================================================================================

@@ -1,4 +1,4 @@
-"""Image data sets: shards, folders, damage, resuming."""
+"""Image data sets: shards, folders, damage, resuming, cached latents."""
 import io
 import itertools
 import json
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from data import Images
+import models
+from data import Cached, Images
 
 torch.set_num_threads(1)
 
@@ -282,3 +283,77 @@ def test_refused(tmp_path, shards):
                   Images(shards, 8)):
         with pytest.raises(ValueError, match="was saved with"):
             other.restore(state)
+
+
+# ============================================================================================================== latents
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return models.VAE(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=.7,
+                      shift_factor=.1)
+
+
+def words(captions):
+    """Two features of each caption: (B, 5, 3) bfloat16 and (B, 2)."""
+    g = [torch.Generator().manual_seed(data.mix(caption)) for caption in captions]
+    return (torch.stack([torch.rand(5, 3, generator=x) for x in g]).bfloat16(),
+            torch.stack([torch.rand(2, generator=x) for x in g]))
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_cached_latents_equal_direct_encoding(tmp_path, shards, vae, world):
+    for rank in range(world):
+        with pytest.raises(ValueError, match="index.json does not exist.*latents"):
+            Cached(tmp_path)
+        data.latents(Images(shards, 16, rank, world, epochs=1), vae, words, tmp_path, batch_size=4, per_file=6)
+    direct = {key: (caption, image) for key, caption, image in take(Images(shards, 16, epochs=1))}
+    for s in Cached(tmp_path, epochs=1):
+        caption, image = direct.pop(s["key"])
+        with torch.no_grad():
+            wanted = vae.encode(image[None].float() / 255)[0]
+        assert s["caption"] == caption and s["latents"].dtype == torch.float32
+        assert torch.allclose(s["latents"], wanted, atol=1e-6)
+        assert all(torch.equal(a, b[0]) for a, b in zip(s["context"], words([caption]), strict=True))
+    assert not direct
+    x, tokens, pooled = next(Cached(tmp_path).batches(5))
+    assert x.shape == (5, 4, 8, 8) and tokens.shape == (5, 5, 3) and pooled.shape == (5, 2)
+    assert tokens.dtype == torch.bfloat16
+    make = lambda: Cached(tmp_path, rank=1, world=2, block=4)
+    whole = take(make(), 20)
+    for cut in (1, 5, 13):
+        stream, rest = make(), make()
+        take(stream, cut)
+        rest.restore(stream.state())
+        assert same(take(rest, 20 - cut), whole[cut:])
+
+
+def test_latents_resume_after_a_kill(tmp_path, shards, vae, monkeypatch):
+    write_tar(tmp_path / "more" / "bad.tar", {**DAMAGE["no caption"], **sample("20")})
+    make = lambda: Images([shards, tmp_path / "more"], 16, epochs=1)
+    encode = lambda name: data.latents(make(), vae, words, tmp_path / name, batch_size=2, per_file=5)
+    encode("whole")
+    folder = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(folder) == 3 + 2 and json.loads(folder["index.json"])["skipped"] == {"no caption": 1}
+    real = data.write_atomic
+    for kill in range(6):
+        writes = itertools.count()
+
+        def write(path, content):
+            if next(writes) == kill:
+                raise KeyboardInterrupt
+            real(path, content)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "write_atomic", write)
+            with pytest.raises(KeyboardInterrupt):
+                encode(f"{kill}")
+        encode(f"{kill}")
+        encode(f"{kill}")                                              # and nothing is left to do
+        assert {path.name: path.read_bytes() for path in (tmp_path / f"{kill}").iterdir()} == folder
+    with pytest.raises(ValueError, match="epochs=1"):
+        data.latents(Images(shards, 16), vae, words, tmp_path / "x")
+    with pytest.raises(ValueError, match="was saved with"):
+        data.latents(Images(shards, 16, epochs=1), vae, words, tmp_path / "whole")
+    (tmp_path / "whole" / "0-of-1-00001.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="0-of-1-00001.safetensors.*latents again"):
+        take(Cached(tmp_path / "whole"), 20)
