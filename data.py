@@ -1,8 +1,10 @@
 """What goes into a run: prompts, images, and the tiny world that stands in for a web-scale data set on a laptop.
 
     python data.py world --out tests/world.png                  # a contact sheet of the tiny world
+    python data.py curate laion-face/ curated/ --server http://HOST:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct
 """
 import argparse
+import base64
 import collections
 import contextlib
 import csv
@@ -10,6 +12,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import http.client
 import inspect
 import io
 import itertools
@@ -19,6 +22,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -28,6 +32,8 @@ import textwrap
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import safetensors.torch
@@ -755,6 +761,217 @@ class Cached(Stream):
 
 
 # =====================================================================================================================
+# Curation: LAION-Face-T2I-15M, the data set of ProxT2I (arXiv:2511.18742, App. B)
+# =====================================================================================================================
+# img2dataset's shards in, the same shards out: first the cheap rules, then an aesthetic score, then a new caption from
+# a vision-language model. What is left out has its reason in dropped.jsonl.
+
+STAGES = {256: (256, 16), 512: (512, 10)}     # short edge, at least; aspect ratio, at most 16:9 or 10:9     [App. B, C]
+AESTHETIC = 4.5                               # the score of LAION's aesthetic predictor, at least              [App. B]
+WORDS = 5, 100                                # a caption's, least and most: the prompts ask for 30               [ours]
+CAPTION_PROMPT = """\
+Write a concise summary of the image in 30 words. Describe the main subjects, actions, and any noticeable details such \
+as face, hair, clothes, ethnicity, or background.
+Describe the image style, such as photography, painting, or cartoon. The description should be a suitable image \
+generation prompt."""
+HAND_PROMPT = """\
+Does this image meet **all** of the following criteria?
+1. It is a **real photograph**, not a drawing or digital rendering.
+2. It shows a **close-up view** of the upper body (head to waist).
+3. There is a **single person** in the image.
+4. At least **one hand** is clearly visible and engaged in a motion or gesture (e.g., pointing, holding, touching, \
+etc.).
+
+If yes, respond with 'Yes' and on a new line, a caption of the image in about 30 words.
+Describe the hands in detail, covering:
+
+- Number of hands visible (e.g., 'one hand', 'both hands')
+- Position relative to the body (e.g., 'resting on lap', 'raised near face')
+- Finger gesture or configuration (e.g., 'fingers curled', 'spread apart', 'pointing')
+- Activity or interaction if any (e.g., 'adjusting clothing', 'touching chin', 'gesturing toward camera')
+- Visibility quality (e.g., 'clearly visible', 'partially obscured').
+
+If no, respond with 'No' and nothing else."""
+
+
+def caption_fault(text):
+    """Why a model's answer is no caption: empty, refused, repeats itself, too short or too long. None if it is one."""
+    words = re.findall(r"\w+", text.lower())
+    if not words:
+        return "empty caption"
+    if re.match(r"\W*(i['’]m |i (am|can|do|will|apolog)|sorry|as an ai|unable to|unfortunately)", text, re.I):
+        return "refused caption"
+    phrases = collections.Counter(zip(words, words[1:], words[2:], words[3:]))
+    if 2 * len(set(words)) < len(words) or max(phrases.values(), default=0) > 2 or max(map(len, words)) > 40:
+        return "caption repeats itself"
+    return "caption too short" if len(words) < WORDS[0] else "caption too long" if len(words) > WORDS[1] else None
+
+
+def ask(args, prompt, image, stop):
+    """An OpenAI-compatible server's answer to a prompt about an image: (text, finish_reason).
+
+    A server that is slow, busy (429), broken (5xx) or answers noise is asked again, args.retries times, after waits
+    that double, with jitter, until `stop` is set. ValueError after the last one, and at once for any other refusal.
+    """
+    buffer = io.BytesIO()
+    image.thumbnail((1024, 1024))
+    image.save(buffer, "JPEG", quality=95)
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    body = json.dumps({"model": args.model, "temperature": 0, "max_tokens": 256,
+                       "messages": [{"role": "user", "content": content}]}).encode()
+    request = urllib.request.Request(f"{args.server.rstrip('/')}/chat/completions", body, {
+        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+    for n in range(args.retries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=args.timeout) as reply:
+                choice = json.load(reply)["choices"][0]
+            return (choice["message"]["content"] or "").strip(), choice.get("finish_reason")
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):
+                raise ValueError(f"{args.server} refused: {problem}: {error.read(300)!r}") from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"               # unreachable, slow, torn off, or not an answer
+        if n == args.retries or stop.wait(min(60, args.backoff * 2**n) * (.5 + random.random())):
+            raise ValueError(f"{args.server} failed {n + 1} times, the last by {problem}: finished shards are "
+                             f"kept; once it is well, the same command goes on")
+
+
+def aesthetic(spec):
+    """The function of a PIL image that `file.py:function` names, called from one thread at a time."""
+    file, _, name = spec.rpartition(":")
+    function, lock = runpy.run_path(file).get(name) if os.path.isfile(file) else None, threading.Lock()
+    if not callable(function):
+        raise ValueError(f"--aesthetic {spec}: no such file or no such function; write path/to/file.py:function")
+
+    def score(image):
+        with lock:
+            return float(function(image))
+    return score
+
+
+def curated(files, args, score, stop):
+    """One sample by the recipe: its files as they are to be written. Raises Bad with the first rule that it fails."""
+    image, meta = open_image(files, args.max_pixels), read_meta(files)
+    (short, long), (least, ratio) = sorted(image.size), STAGES[args.stage]
+    known = [meta[side] for side in ("original_width", "original_height") if isinstance(meta.get(side), int)]
+    if min([short, *known]) < least:                                   # enlarged by img2dataset, it is no better
+        raise Bad("short edge")
+    if 9 * long > ratio * short:                                       # in whole numbers: exact at the border
+        raise Bad("aspect ratio")
+    image, field = decoded(image), args.aesthetic_field
+    if not args.no_aesthetic:
+        if not isinstance(meta.get(field), (int, float)):
+            if not score:
+                raise ValueError(f"no {field!r} in its .json: name the score by --aesthetic-field, or a function by "
+                                 f"--aesthetic file.py:function, or do without by --no-aesthetic")
+            meta[field] = score(image)
+        if not meta[field] >= args.min_aesthetic:
+            raise Bad("aesthetic score")
+    if args.no_caption:
+        caption = read_caption(files)
+    else:
+        caption, end = ask(args, HAND_PROMPT if args.hands else CAPTION_PROMPT, image, stop)
+        if args.hands:
+            verdict = re.match(r"\W*(yes|no)\b\W*(.*)", caption, re.I | re.S)
+            if not verdict or verdict[1].lower() == "no":
+                raise Bad("hands: no" if verdict else "hands: neither yes nor no")
+            caption = verdict[2]
+        if fault := "caption too long" if end == "length" else caption_fault(caption):
+            raise Bad(fault)
+        with contextlib.suppress(Bad):
+            meta.setdefault("original_caption", read_caption(files))
+        caption = " ".join(caption.split())
+        meta |= {"caption": caption, "caption_model": args.model}
+    return {**files, "txt": caption.encode(), "json": json.dumps(meta).encode()}
+
+
+def curate(args):
+    """`python data.py curate`: returns {"kept" or a reason: samples}. Stopped, the same command goes on.
+
+    A shard is done once summary.json counts it; by then it has its name, and its lines are in dropped.jsonl.
+    """
+    out, paths = pathlib.Path(args.out), [pathlib.Path(path) for path, *_ in find_shards(args.source)]
+    if any(path.suffix != ".tar" for path in paths) or len({path.name for path in paths}) < len(paths):
+        raise ValueError(f"{args.source}: curate reads .tar shards, each with a name of its own, as img2dataset writes")
+    if out.resolve() in {path.parent.resolve() for path in paths}:
+        raise ValueError(f"{out} holds the source itself: choose another folder to write to")
+    if not args.no_caption and not (args.model and re.match("https?://", args.server or "")):
+        raise ValueError("captions need --server http://HOST:PORT/v1 and --model NAME; or keep the old: --no-caption")
+    if args.no_caption and args.hands:
+        raise ValueError("--hands asks the server for a caption of the hands: leave --no-caption away")
+    score, stop = aesthetic(args.aesthetic) if args.aesthetic else None, threading.Event()
+    file, log = out / "summary.json", out / "dropped.jsonl"
+    settings = {name: getattr(args, name) for name in ("stage", "min_aesthetic", "aesthetic_field", "aesthetic",
+                                                       "no_aesthetic", "model", "hands", "no_caption", "max_pixels")}
+    summary = {"total": {}, "settings": settings, "written": 0, "shards": {}}       # written: bytes of dropped.jsonl
+    if file.exists():
+        summary = json.loads(file.read_bytes())
+    elif out.exists() and {path.name for path in out.iterdir()} - {"summary.json.new"}:
+        raise ValueError(f"{out} is not empty and holds no summary.json: choose another folder to write to")
+    for name, value in settings.items():
+        if summary["settings"].get(name) != value:
+            raise ValueError(f"{out} was begun with {name}={summary['settings'].get(name)!r}, not {value!r}: give the "
+                             f"same options, or another folder")
+    for name in [*summary["shards"], *["dropped.jsonl"] * bool(summary["shards"])]:
+        if not (out / name).is_file():
+            raise ValueError(f"{out / name} is gone, though {file} knows it: put it back, or start in another folder")
+
+    def work(sample):
+        key, files = sample
+        try:
+            return key, curated(files, args, score, stop)
+        except Bad as bad:
+            return key, str(bad)
+        except ValueError as error:
+            raise ValueError(f"{path.name}/{key}: {error}") from error
+
+    def drop(key, reason):
+        rows.append(json.dumps({"shard": path.name, "key": key, "reason": reason}) + "\n")
+        counts[reason] += 1
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(summary, indent=2).encode())
+    pool, bar = ThreadPoolExecutor(args.workers), tqdm(unit=" images")
+    try:
+        for n, path in enumerate(paths, 1):
+            if path.name in summary["shards"]:
+                continue
+            bar.set_description(f"curate {path.name}, {n} of {len(paths)}")
+            rows, counts, new = [], collections.Counter(), out / f"{path.name}.new"
+            with open(new, "wb") as f:
+                with tarfile.open(fileobj=f, mode="w") as tar:
+                    for key, files in ahead(pool, 2 * args.workers, work, read_tar(path, drop)):
+                        bar.update()
+                        if isinstance(files, str):
+                            drop(key, files)
+                            continue
+                        counts["kept"] += 1
+                        for kind, content in files.items():
+                            member = tarfile.TarInfo(f"{key}.{kind}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+                f.flush()
+                os.fsync(f.fileno())
+            with open(log, "ab") as f:
+                f.truncate(summary["written"])                         # lines of a shard that was not finished
+                f.write("".join(rows).encode())
+            os.replace(new, out / path.name)
+            summary["shards"][path.name] = counts
+            summary["total"] = sum(map(collections.Counter, summary["shards"].values()), collections.Counter())
+            summary["written"] = log.stat().st_size
+            write_atomic(file, json.dumps(summary, indent=2).encode())
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    if not summary["total"].get("kept"):
+        raise ValueError(f"{args.source}: nothing is left; {log} has the reasons: {dict(summary['total'])}")
+    return summary["total"]
+
+
+# =====================================================================================================================
 # What comes out of a run: ranks, seeds, command line, metrics, pictures, checkpoints
 # =====================================================================================================================
 # Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are
@@ -1264,9 +1481,32 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     world = commands.add_parser("world", help="write a contact sheet of the tiny world")
     world.add_argument("--out", default="world.png")
+    curation = commands.add_parser("curate", help="filter and recaption img2dataset's shards as LAION-Face-T2I-15M",
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = curation.add_argument
+    add("source", help="a .tar, a folder of them, or a pattern")
+    add("out", help="a folder for the same shards, dropped.jsonl and summary.json")
+    add("--stage", type=int, choices=STAGES, default=256, help="the training resolution that sizes are filtered for")
+    add("--min-aesthetic", type=float, default=AESTHETIC, help="the least aesthetic score")
+    add("--aesthetic-field", default="aesthetic", help="the score's field in a sample's .json")
+    add("--aesthetic", metavar="FILE.PY:FUNCTION", help="scores a PIL image where the field is missing")
+    add("--no-aesthetic", action="store_true", help="no filter by score")
+    add("--server", metavar="URL", help="an OpenAI-compatible server's address, up to /v1; its key: $OPENAI_API_KEY")
+    add("--model", help="the server's name of the vision-language model")
+    add("--hands", action="store_true", help="the hand subset: keep what the model says shows hands, and its caption")
+    add("--no-caption", action="store_true", help="keep the captions")
+    add("--workers", type=int, default=16, help="questions to the server at once")
+    add("--timeout", type=float, default=120, help="seconds to wait for an answer")
+    add("--retries", type=int, default=6, help="times that a failed question is asked again")
+    add("--backoff", type=float, default=1, help="seconds before the first of them; doubled for each")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are left out undecoded")
     args = parser.parse_args(argv)
-    if args.command == "world":
-        contact_sheet().save(args.out)
+    with exit_codes():
+        if args.command == "world":
+            contact_sheet().save(args.out)
+        else:
+            for reason, count in sorted(curate(args).items(), key=lambda item: -item[1]):
+                print(f"{count:>10} {reason}")
 
 
 if __name__ == "__main__":

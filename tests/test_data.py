@@ -1,9 +1,19 @@
-"""Image data sets: shards, folders, damage, resuming, cached latents."""
+"""Image data sets and their curation: shards, folders, damage, resuming, cached latents, a server that misbehaves."""
+import base64
+import http.server
 import io
 import itertools
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +26,8 @@ import models
 from data import Cached, Images
 
 torch.set_num_threads(1)
+ROOT = Path(data.__file__).parent
+CAPTION = "A woman with short dark hair smiles in front of a plain white wall, a photograph."
 
 
 def picture(seed, size=(40, 32), kind="PNG", **options):
@@ -357,3 +369,328 @@ def test_latents_resume_after_a_kill(tmp_path, shards, vae, monkeypatch):
     (tmp_path / "whole" / "0-of-1-00001.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="0-of-1-00001.safetensors.*latents again"):
         take(Cached(tmp_path / "whole"), 20)
+
+
+# ============================================================================================================= curation
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat server on this machine: server.answer(text, image, n) -> (status, content); n counts the requests."""
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            picture, text = body["messages"][0]["content"]
+            head, _, content = picture["image_url"]["url"].partition(",")
+            assert (self.path, head, body["model"]) == ("/v1/chat/completions", "data:image/jpeg;base64", "vlm")
+            with lock:
+                n = next(count)
+            status, answer = http_server.answer(text["text"], Image.open(io.BytesIO(base64.b64decode(content))), n)
+            if not isinstance(answer, bytes):
+                message = answer if isinstance(answer, dict) else {"message": {"content": answer}}
+                answer = json.dumps({"choices": [message]}).encode()
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    count, lock = itertools.count(), threading.Lock()
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.daemon_threads, http_server.answer = True, lambda text, image, n: (200, CAPTION)
+    http_server.handle_error = lambda *_: None                         # a client that has hung up
+    threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
+    http_server.url = f"http://127.0.0.1:{http_server.server_port}/v1"
+    yield http_server
+    http_server.shutdown()
+    http_server.server_close()
+
+
+def curate(source, out, *flags):
+    data.main(["curate", str(source), str(out), *map(str, flags)])
+
+
+def flags(server, *more):
+    return ["--server", server.url, "--model", "vlm", "--no-aesthetic", "--backoff", ".01", "--workers", "3", *more]
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def reasons(out):
+    return {row["key"]: row["reason"] for row in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
+
+
+def one(key, size=(256, 256), color="red", **meta):
+    return {f"{key}.jpg": picture(color, size, "JPEG"), f"{key}.txt": f"old {key}", f"{key}.json": json.dumps(meta)}
+
+
+def rows(path, *samples):
+    return write_tar(path, {name: content for row in samples for name, content in row.items()})
+
+
+def test_borders(tmp_path):
+    """Sizes and scores exactly at the thresholds, upright and lying."""
+    sizes = {"a": ((256, 455), None), "b": ((256, 456), "aspect ratio"), "c": ((455, 256), None),
+             "d": ((456, 256), "aspect ratio"), "e": ((255, 256), "short edge"), "f": ((288, 512), None),
+             "g": ((512, 288), None), "h": ((287, 512), "aspect ratio"), "i": ((256, 255), "short edge")}
+    low = "aesthetic score"
+    scores = {"j": (4.5, None), "k": (4.499999, low), "l": (float("nan"), low), "m": (5, None)}
+    rows(tmp_path / "in" / "0.tar", *(one(key, size, aesthetic=9) for key, (size, _) in sizes.items()),
+         *(one(key, aesthetic=score) for key, (score, _) in scores.items()),
+         one("n", aesthetic=9, original_width=255, original_height=300))
+    curate(tmp_path / "in", tmp_path / "out", "--no-caption")
+    wanted = {key: reason for key, (_, reason) in {**sizes, **scores}.items() if reason} | {"n": "short edge"}
+    assert reasons(tmp_path / "out") == wanted
+    total = json.loads((tmp_path / "out" / "summary.json").read_text())["total"]
+    assert total == {"kept": 6, "aspect ratio": 3, "short edge": 3, "aesthetic score": 2}
+    large = {"a": ((512, 568), None), "b": ((512, 569), "aspect ratio"), "c": ((511, 512), "short edge"),
+             "d": ((540, 600), None), "e": ((600, 540), None), "f": ((539, 600), "aspect ratio")}
+    rows(tmp_path / "large" / "0.tar", *(one(key, size) for key, (size, _) in large.items()))
+    curate(tmp_path / "large", tmp_path / "512", "--no-caption", "--no-aesthetic", "--stage", 512)
+    assert reasons(tmp_path / "512") == {key: reason for key, (_, reason) in large.items() if reason}
+
+
+def test_what_is_written(tmp_path, server, capsys):
+    source = rows(tmp_path / "in" / "00007.tar", one("0", url="u", caption="old 0"),
+                  {"1.webp": picture("blue", (300, 300), "WEBP")}, one("2", color="green"))
+    asked = []
+
+    def answer(text, image, n):
+        asked.append((text, image.size))
+        return 200, f"  {CAPTION}\n"
+    server.answer = answer
+    curate(source, tmp_path / "out", *flags(server))
+    before, after = members(source), members(tmp_path / "out" / "00007.tar")
+    assert list(after) == ["0.jpg", "0.txt", "0.json", "1.webp", "1.txt", "1.json", "2.jpg", "2.txt", "2.json"]
+    assert all(after[name] == before[name] for name in ("0.jpg", "1.webp", "2.jpg"))
+    assert json.loads(after["0.json"]) == {"url": "u", "caption": CAPTION, "original_caption": "old 0",
+                                           "caption_model": "vlm"}
+    assert after["1.txt"].decode() == CAPTION and "original_caption" not in json.loads(after["1.json"])
+    assert {text for text, _ in asked} == {data.CAPTION_PROMPT}
+    assert {size for _, size in asked} == {(256, 256), (300, 300)}
+    assert capsys.readouterr().out.split() == ["3", "kept"]
+    assert keys(Images(tmp_path / "out", 16, epochs=1, shuffle=False)) == ["0", "1", "2"]
+    curate(tmp_path / "out", tmp_path / "again", "--no-caption", "--no-aesthetic")
+    assert members(tmp_path / "again" / "00007.tar") == after
+
+
+def test_the_prompts_are_the_papers():
+    assert data.CAPTION_PROMPT.startswith("Write a concise summary of the image in 30 words.")
+    assert data.CAPTION_PROMPT.count("\n") == 1 and data.HAND_PROMPT.endswith("respond with 'No' and nothing else.")
+    assert len(data.CAPTION_PROMPT.split()) == 46 and len(data.HAND_PROMPT.split()) == 152
+
+
+def test_scores_by_a_function(tmp_path):
+    (tmp_path / "mine.py").write_text("import math\n\n\ndef red(image):\n    return image.getpixel((9, 9))[0] / 25.5\n")
+    source = rows(tmp_path / "in" / "0.tar", one("0"), one("1", color="black"),
+                  one("2", color="black", mine=5), one("3", mine=None))
+    with pytest.raises(SystemExit) as end:
+        curate(source, tmp_path / "out", "--no-caption")
+    assert end.value.code == 2
+    curate(source, tmp_path / "out2", "--no-caption", "--aesthetic", f"{tmp_path}/mine.py:red", "--aesthetic-field",
+           "mine")
+    assert reasons(tmp_path / "out2") == {"1": "aesthetic score"}
+    assert json.loads(members(tmp_path / "out2" / "0.tar")["0.json"])["mine"] == pytest.approx(9.96, abs=.05)
+
+
+LONG = " ".join(f"word{i}" for i in range(101))
+ANSWERS = {
+    "": "empty caption", " \n": "empty caption", "...": "empty caption", None: "empty caption",
+    "I'm sorry, but I can't help with describing this person.": "refused caption",
+    "I’m unable to identify people in this image, as they are private.": "refused caption",
+    "I cannot assist with that request, since it shows a person.": "refused caption",
+    "A woman.": "caption too short", LONG: "caption too long",
+    "a man " * 20: "caption repeats itself", "red red red red red red": "caption repeats itself",
+    "A picture of " + "a" * 60 + " on a wall": "caption repeats itself",
+    "The man is here. He stands near the big wall, with a hat. " * 3: "caption repeats itself",
+    CAPTION: None, " ".join(LONG.split()[:100]): None, "A woman in a hat": None,
+    "I-beams and cranes tower over a harbour at dusk, photographed from below.": None}
+
+
+@pytest.mark.parametrize("hands", (False, True))
+def test_answers_that_are_no_captions(tmp_path, server, hands):
+    answers = [(f"{'Yes' + chr(10) if hands else ''}{text or ''}", fault) for text, fault in ANSWERS.items()]
+    if hands:
+        answers += [("No", "hands: no"), ("no.", "hands: no"), ("No hands are visible.", "hands: no"),
+                    (CAPTION, "hands: neither yes nor no"), ("", "hands: neither yes nor no"),
+                    (f"**Yes**\n\n{CAPTION}", None), (f"Yes, {CAPTION}", None), ("Yes", "empty caption")]
+    else:
+        answers += [(None, "empty caption"),
+                    ({"message": {"content": CAPTION}, "finish_reason": "length"}, "caption too long")]
+    source = rows(tmp_path / "in" / "0.tar", *(one(str(i)) for i in range(len(answers))))
+    server.answer = lambda text, image, n: (200, answers[n][0])
+    curate(source, tmp_path / "out", *flags(server, "--workers", 1), *["--hands"] * hands)
+    assert reasons(tmp_path / "out") == {str(i): fault for i, (_, fault) in enumerate(answers) if fault}
+    for name, content in members(tmp_path / "out" / "0.tar").items():
+        if name.endswith("txt"):
+            text = answers[int(name[:-4])][0]
+            assert content.decode() == " ".join(re.sub(r"^\W*Yes\W*", "", text).split())
+
+
+def test_retries(tmp_path, server, capsys):
+    source = rows(tmp_path / "in" / "0.tar", *(one(str(i)) for i in range(4)))
+    noise = [(429, b"busy"), (500, b""), (503, b"x"), (200, b"<html>"), (200, b"{}"), (200, b'{"choices": []}'),
+             (200, b'{"choices": [{"message": 7}]}'), (200, b'[1]'), (408, b"")]
+    server.answer = lambda text, image, n: noise[n] if n < len(noise) else (200, CAPTION)
+    curate(source, tmp_path / "out", *flags(server, "--retries", len(noise)))
+    assert len(members(tmp_path / "out" / "0.tar")) == 12
+
+    first = threading.Semaphore(1)
+
+    def slow(text, image, n):
+        time.sleep(20 if first.acquire(blocking=False) else 0)
+        return 200, CAPTION
+    server.answer, start = slow, time.time()
+    curate(source, tmp_path / "slow", *flags(server, "--timeout", ".3"))
+    assert len(members(tmp_path / "slow" / "0.tar")) == 12 and time.time() - start < 15
+
+
+@pytest.mark.parametrize("answer, words", (((500, b""), "failed 3 times, the last by HTTP 500"),
+                                           ((200, b"<html>"), "failed 3 times, the last by JSONDecodeError"),
+                                           ((404, b"no such model"), "no such model")))
+def test_a_server_that_stays_broken_ends_the_run(tmp_path, server, capsys, answer, words):
+    for i in range(3):
+        rows(tmp_path / "in" / f"{i}.tar", *(one(f"{i}{j}") for j in range(3)))
+    broken = threading.Event()
+
+    def later(text, image, n):
+        if n >= 4:
+            broken.set()
+        return answer if broken.is_set() else (200, f"{CAPTION} The image is {image.getpixel((0, 0))[0]}.")
+    server.answer = later
+    with pytest.raises(SystemExit) as end:
+        curate(tmp_path / "in", tmp_path / "out", *flags(server, "--retries", 2))
+    err = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and words in err[-1] and "1.tar/1" in err[-1] and "Traceback" not in err
+    assert (tmp_path / "out" / "0.tar").is_file() and not (tmp_path / "out" / "1.tar").exists()
+    server.answer = lambda text, image, n: (200, f"{CAPTION} The image is {image.getpixel((0, 0))[0]}.")
+    done = (tmp_path / "out" / "0.tar").stat().st_mtime_ns
+    curate(tmp_path / "in", tmp_path / "out", *flags(server))
+    curate(tmp_path / "in", tmp_path / "whole", *flags(server))
+    assert (tmp_path / "out" / "0.tar").stat().st_mtime_ns == done
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_unreachable(tmp_path, capsys):
+    source = rows(tmp_path / "in" / "0.tar", one("0"))
+    with pytest.raises(SystemExit):
+        curate(source, tmp_path / "out", "--server", "http://127.0.0.1:9/v1", "--model", "vlm", "--no-aesthetic",
+               "--retries", 1, "--backoff", ".01")
+    assert "http://127.0.0.1:9/v1 failed 2 times" in capsys.readouterr().err
+
+
+def mixed(folder):
+    """Three shards with damage in each, and one that is cut short."""
+    for i in range(3):
+        rows(folder / f"{i}.tar", one(f"{i}0"), one(f"{i}1", (100, 100)), {f"/tmp/{i}.jpg": b"x"}, one(f"{i}2"),
+             {f"{i}3.txt": "x"}, {f"{i}4.png": b"noise"}, one(f"{i}5"))
+    content = (folder / "1.tar").read_bytes()
+    (folder / "1.tar").write_bytes(content[:content.rindex(b"15.json") + 100])
+    (folder / "2.tar").write_bytes(b"noise" * 300)
+    return folder
+
+
+def test_stopped_at_every_moment_it_goes_on_to_the_same_output(tmp_path, monkeypatch):
+    mixed(tmp_path / "in")
+    run = lambda out: curate(tmp_path / "in", tmp_path / out, "--no-caption", "--no-aesthetic")
+    run("whole")
+    whole = contents(tmp_path / "whole")
+    assert set(whole) == {"0.tar", "1.tar", "2.tar", "dropped.jsonl", "summary.json"}
+    summary = json.loads(whole["summary.json"])
+    assert summary["shards"]["0.tar"] == {"unsafe path": 1, "kept": 3, "short edge": 1, "no image": 1,
+                                          "corrupt image": 1}
+    assert summary["shards"]["1.tar"]["cut short"] == 1 and summary["shards"]["2.tar"] == {"not a tar file": 1}
+    lines = [json.loads(line) for line in whole["dropped.jsonl"].splitlines()]
+    assert len(lines) + summary["total"]["kept"] == sum(summary["total"].values())
+    assert {"shard": "0.tar", "key": "01", "reason": "short edge"} in lines
+    assert {"shard": "1.tar", "key": "", "reason": "cut short"} in lines
+    real = os.replace, os.fsync
+    for kill in range(20):
+        moments, after = itertools.count(), kill % 2
+
+        def moment(function):
+            def call(*args):
+                now = next(moments) == kill
+                if now and not after:
+                    raise KeyboardInterrupt
+                function(*args)
+                if now:
+                    raise KeyboardInterrupt
+            return call
+        with monkeypatch.context() as patch:
+            for name, function in zip(("replace", "fsync"), real):
+                patch.setattr(os, name, moment(function))
+            with pytest.raises(KeyboardInterrupt):
+                run(f"{kill}")
+                raise KeyboardInterrupt                                # there was no such moment left
+        run(f"{kill}")
+        got = contents(tmp_path / f"{kill}")
+        assert {name: got[name] for name in whole} == whole and set(got) - set(whole) <= {"summary.json.new"}, kill
+    assert next(moments) < 20                                          # all moments were tried
+
+
+def test_killed_for_real(tmp_path, server):
+    for i in range(3):
+        rows(tmp_path / "in" / f"{i}.tar", *(one(f"{i}{j}") for j in range(4)))
+    stuck = threading.Event()
+
+    def answer(text, image, n):
+        if n >= 6:
+            stuck.set()
+            time.sleep(3)
+        return 200, CAPTION
+    server.answer = answer
+    line = [sys.executable, ROOT / "data.py", "curate", tmp_path / "in", tmp_path / "out", *flags(server)]
+    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.DEVNULL, env={**os.environ, "no_proxy": "*"})
+    assert stuck.wait(30)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert set(contents(tmp_path / "out")) >= {"0.tar", "1.tar.new"} and not (tmp_path / "out" / "1.tar").exists()
+    server.answer = lambda text, image, n: (200, CAPTION)
+    curate(tmp_path / "in", tmp_path / "out", *flags(server))
+    curate(tmp_path / "in", tmp_path / "whole", *flags(server))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_bad_options_end_with_two_and_one_line(tmp_path, capsys):
+    source = rows(tmp_path / "in" / "0.tar", one("0"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(picture(0))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    (tmp_path / "f.py").write_text("score = 3\n")
+    keep = ("--no-caption", "--no-aesthetic")
+    curate(source, tmp_path / "done", *keep)
+    for line, word in (((source, "out"), "--server"), ((source, "out", "--no-caption"), "--no-aesthetic"),
+                       ((source, "out", "--server", "localhost:8000", "--model", "m"), "http://HOST"),
+                       ((tmp_path / "gone", "out", *keep), "gone"),
+                       ((tmp_path / "images", "out", *keep), ".tar shards"),
+                       ((source, tmp_path / "in", *keep), "the source itself"),
+                       ((source, "out", *keep, "--hands"), "--hands"),
+                       ((source, tmp_path / "full", *keep), "summary.json"),
+                       ((source, tmp_path / "done", *keep, "--stage", 512), "stage=256"),
+                       ((source, "small", *keep, "--stage", 512), "nothing is left"),
+                       ((source, "out", "--no-caption", "--aesthetic", "x.py:f"), "no such file"),
+                       ((source, "out", "--no-caption", "--aesthetic", f"{tmp_path}/f.py:score"), "no such function")):
+        line = [tmp_path / part if part in ("out", "small") else part for part in line]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            curate(*line)
+        err = [text for text in capsys.readouterr().err.replace("\r", "\n").split("\n") if text.startswith("error")]
+        assert end.value.code == 2 and len(err) == 1 and word in err[0], (word, err)
+    for name in ("dropped.jsonl", "0.tar"):
+        (tmp_path / "done" / name).rename(tmp_path / name)
+        with pytest.raises(SystemExit):
+            curate(source, tmp_path / "done", *keep)
+        assert f"{name} is gone" in capsys.readouterr().err
+        (tmp_path / name).rename(tmp_path / "done" / name)
+    curate(source, tmp_path / "done", *keep)
