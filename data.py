@@ -1,13 +1,18 @@
-"""What goes into a run: prompts, and the tiny world that stands in for a web-scale data set on a laptop.
+"""What goes into a run: prompts, images, and the tiny world that stands in for a web-scale data set on a laptop.
 
     python data.py world --out tests/world.png                  # a contact sheet of the tiny world
+    python data.py curate laion-face/ curated/ --server http://HOST:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct
 """
 import argparse
+import base64
+import collections
 import contextlib
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
+import http.client
 import inspect
 import io
 import itertools
@@ -17,19 +22,27 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
 import sys
+import tarfile
 import textwrap
 import threading
 import time
 import traceback
+<<<<<<< HEAD
+=======
+import urllib.error
+import urllib.request
+>>>>>>> 323863a2bf6fe2ec0d90cbad84f727173f9ad917
 from concurrent.futures import ThreadPoolExecutor
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # =====================================================================================================================
@@ -403,6 +416,565 @@ def _rows(suffix, text):
 
 
 # =====================================================================================================================
+# Image data sets: a stream that resumes anywhere, and latents that are computed once
+# =====================================================================================================================
+# What cannot be used (a torn shard, a broken or giant image, a missing caption, a path that leads out of its shard) is
+# left out: .bad lists it with its reason, .skipped counts the reasons. Nothing is ever unpacked to disk.
+
+KINDS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 2**26                            # 8192 x 8192; a larger image is refused before it is decoded
+
+
+class Bad(Exception):
+    """A sample that cannot be used. The message is the reason, in the same words for all that share it."""
+
+
+def find_shards(paths):
+    """The shards of a data set, [(path, key, caption)]: each .tar, and each image of a folder as a shard of its own.
+
+    paths: .tar files, folders and patterns, one or a list. A folder is its .tar files, else the rows of its
+    metadata.jsonl (file_name, text), else its images, with captions in .txt or .json files beside them. key, caption:
+    None for a .tar; caption: None for a file beside the image. Raises ValueError where there is nothing.
+    """
+    shards = []
+    for pattern in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        for path in map(pathlib.Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))):
+            if tars := [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")):
+                shards += [(str(tar), None, None) for tar in tars]
+            elif (table := path / "metadata.jsonl").is_file():
+                for n, line in enumerate(table.read_bytes().splitlines(), 1):
+                    try:
+                        name, text = json.loads(line)["file_name"], json.loads(line).get("text")
+                        shards.append((str(path / name), os.path.splitext(name)[0], str(text or "")))
+                    except (ValueError, LookupError, TypeError):
+                        raise ValueError(f"{table}, line {n}: not an object with file_name and text: {line}") from None
+            else:
+                shards += [(str(file), str(file.relative_to(path).with_suffix("")), None)
+                           for file in sorted(path.rglob("*")) if file.suffix[1:].lower() in KINDS]
+    if not shards:
+        raise ValueError(f"no images at {paths}: name .tar files, a folder of them, a folder of images, or a pattern")
+    return shards
+
+
+def unsafe(path):
+    """Does a path inside a data set lead out of it: absolute, on a drive, or with a ".." in it?"""
+    return bool(re.match(r"[/\\]|\w:", path)) or ".." in re.split(r"[/\\]", path)
+
+
+def read_tar(path, drop, start=0):
+    """The samples of a WebDataset shard, in its order and from number `start` on: (key, {extension: bytes}).
+
+    A sample is the files in a row that share their path up to the name's first dot. drop(member, reason) is called for
+    an unsafe member or one that is no plain file, and drop("", reason) for a shard that is no tar or is cut short: then
+    its last sample, which may lack a part, is left out.
+    """
+    n, key, files, reason = -1, None, {}, "not a tar file"
+    try:
+        with open(path, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+            reason = "cut short"
+            for member in tar:
+                if unsafe(member.name):
+                    drop(member.name, "unsafe path")
+                elif not (member.isdir() or member.isreg()) or member.issparse():      # sparse: few bytes, vast files
+                    drop(member.name, "not a plain file")
+                elif name := member.isreg() and re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.S):
+                    stem, kind = name[1], name[2].lower()              # hidden files have no stem: passed over
+                    if stem != key:
+                        if n >= start:
+                            yield key, files
+                        n, key, files = n + 1, stem, {}
+                    if n >= start and kind in (*KINDS, "txt", "json"):
+                        files[kind] = tar.extractfile(member).read()
+            f.seek(tar.offset)
+            if f.read(512) != bytes(512):                              # tarfile takes a torn header for the end
+                raise tarfile.ReadError
+            if n >= start:
+                yield key, files
+    except (tarfile.TarError, ValueError, OverflowError):              # the last two: headers that are noise
+        drop("", reason)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def open_image(files, max_pixels):
+    """A sample's image, opened but not decoded. Raises Bad if it is missing, no JPEG, PNG or WebP, or too large."""
+    content = next((files[kind] for kind in KINDS if kind in files), None)
+    if content is None:
+        raise Bad("no image")
+    if Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels                            # Pillow's own limit, raised when asked for
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+    except Exception as error:                                         # Pillow raises what it likes on noise
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise Bad("too many pixels" if bomb else "corrupt image") from None
+    if image.width * image.height > max_pixels:
+        raise Bad("too many pixels")
+    return image
+
+
+def decoded(image):
+    """An opened image in RGB, upright, on white where it is transparent. Raises Bad if its file is damaged."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+    except Exception:
+        raise Bad("corrupt image") from None
+
+
+def read_meta(files):
+    """A sample's .json as a dict, empty if there is none. Raises Bad."""
+    try:
+        return dict(json.loads(files.get("json", b"{}")))
+    except (ValueError, TypeError, RecursionError):
+        raise Bad("corrupt json") from None
+
+
+def read_caption(files):
+    """A sample's caption: its .txt, else the "caption" in its .json. Raises Bad if that is missing, blank or noise."""
+    try:
+        text = files.get("txt", b"").decode("utf-8-sig").strip() or read_meta(files).get("caption")
+    except UnicodeDecodeError:
+        raise Bad("corrupt caption") from None
+    if not isinstance(text, str) or not text.strip():
+        raise Bad("no caption")
+    return text.strip()
+
+
+def ahead(pool, n, function, items):
+    """function(item) for every item, in order, up to n of them computed ahead in a pool."""
+    jobs = collections.deque()
+    for item in items:
+        jobs.append(pool.submit(function, item))
+        if len(jobs) > n:
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
+
+
+class Stream:
+    """A walk over shards, epoch after epoch, that can stop anywhere and go on bit for bit: of Images, of Cached.
+
+    Each epoch deals the shards, in an order drawn by (seed, epoch), to the ranks. A rank reads `block` samples at once
+    and permutes them; threads decode up to a block ahead. shuffle=False: the files' order. epochs=None: without end.
+    A subclass has read(shard, start), which yields (name, raw); decode(raw), a dict, or it raises Bad; and
+    collate(samples), a batch. Raises ValueError for fewer shards than ranks, and after an epoch without one sample.
+    """
+
+    def __init__(self, shards, rank, world, seed, epochs, shuffle, block, workers):
+        if len(shards) < world:
+            raise ValueError(f"{len(shards)} shards cannot be dealt to {world} processes, the first is {shards[0][0]}: "
+                             f"start at most {len(shards)}, or cut the data into more shards")
+        self.shards, self.rank, self.world, self.seed = shards, rank, world, seed
+        self.epochs, self.shuffle, self.block, self.workers = epochs, shuffle, block, workers
+        self.bad, self.skipped = {}, collections.Counter()             # {sample: reason}, {reason: how many}
+        self.at = {"epoch": 0, "shard": 0, "sample": 0, "taken": 0}    # `taken` of the block that begins at `sample`
+        self.of = {"rank": rank, "world": world, "seed": seed, "shuffle": shuffle, "block": block,
+                   "data": mix(*(pathlib.Path(path).name for path, *_ in shards))}
+
+    def state(self):
+        """The position, after the last sample or batch that was given out: a small dict for JSON, one for each rank."""
+        return {**self.at, "of": self.of}
+
+    def restore(self, state):
+        """Let the next iteration go on where a state was taken. ValueError if it is another data set's, or rank's."""
+        for name, value in self.of.items():
+            if state["of"].get(name) != value:
+                raise ValueError(f"this position in the data was saved with {name}={state['of'].get(name)}, and now it "
+                                 f"is {value}: go on with the same data, seed and number of processes, or start anew")
+        self.at = {name: state[name] for name in self.at}
+
+    def drop(self, name, reason):
+        """Leave a sample out: listed once however often it is met. The first of each reason is said."""
+        if name not in self.bad:
+            self.bad[name] = reason
+            self.skipped[reason] += 1
+            if self.skipped[reason] == 1:
+                tqdm.write(f"left out, {reason}: {name} (others are only counted)", file=sys.stderr)
+
+    def _samples(self, shards, shard, sample):
+        for i in range(shard, len(shards)):
+            for j, (name, raw) in enumerate(self.read(shards[i], sample), sample + 1):
+                yield name, raw, {"shard": i, "sample": j, "taken": 0}
+            sample = 0
+
+    def _walk(self):
+        """(name, raw, the position after it) of every sample from here on; without a name at the end of an epoch."""
+        at = self.at
+        while self.epochs is None or at["epoch"] < self.epochs:
+            shards = list(self.shards)
+            if self.shuffle:
+                random.Random(f"shards {self.seed} {at['epoch']}").shuffle(shards)
+            samples = self._samples(shards[self.rank::self.world], at["shard"], at["sample"])
+            while block := list(itertools.islice(samples, self.block)):
+                after = {**at, **block[-1][2]}
+                if self.shuffle:
+                    key = mix("block", self.seed, self.rank, at["epoch"], at["shard"], at["sample"])
+                    random.Random(key).shuffle(block)
+                for n, (name, raw, _) in enumerate(block[at["taken"]:], at["taken"] + 1):
+                    yield name, raw, {**at, "taken": n}
+                at = after
+            at = {"epoch": at["epoch"] + 1, "shard": 0, "sample": 0, "taken": 0}
+            yield None, None, at
+
+    def _job(self, item):
+        name, raw, at = item
+        try:
+            return name, name and self.decode(raw), at
+        except Bad as bad:
+            return name, str(bad), at
+
+    def __iter__(self):
+        found = any(self.at.values())                                  # in the middle, what came before is not known
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for name, sample, self.at in ahead(pool, self.block, self._job, self._walk()):
+                if isinstance(sample, dict):
+                    found = True
+                    yield sample
+                elif name:
+                    self.drop(name, sample)
+                elif not found:
+                    raise ValueError(f"rank {self.rank} found nothing to use in its {len(self.shards)} / {self.world} "
+                                     f"shards, the first is {self.shards[0][0]}: {dict(self.skipped)}")
+                else:
+                    found = False                                      # an epoch ends here, another begins
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def batches(self, batch_size):
+        """Batches, collated; at the end of the last epoch one may be smaller."""
+        samples = iter(self)
+        while rows := list(itertools.islice(samples, batch_size)):
+            yield self.collate(rows)
+
+
+class Images(Stream):
+    """Images and their captions: dicts of image (3, size, size) uint8, caption, key; batches of (B, 3, size, size)
+    float32 in [0, 1] and B captions.
+
+    paths: see find_shards; a .tar is WebDataset's, as img2dataset writes it: KEY.jpg (.png, .webp) with KEY.txt or
+    KEY.json. An image is resized, bicubic with antialias, to `size` along its short edge, and the middle is cut out.
+    max_pixels: the most an image may have. The rest: see Stream.
+    """
+
+    def __init__(self, paths, size, rank=0, world=1, seed=0, epochs=None, shuffle=True, block=512, workers=4,
+                 max_pixels=MAX_PIXELS):
+        self.size, self.max_pixels = size, max_pixels
+        super().__init__(find_shards(paths), rank, world, seed, epochs, shuffle, block, workers)
+        self.of["size"] = size
+
+    def read(self, shard, start):
+        path, key, caption = shard
+        if key is None:
+            for raw in read_tar(path, lambda name, reason: self.drop(f"{path}/{name}".rstrip("/"), reason), start):
+                yield f"{path}/{raw[0]}", raw
+        elif unsafe(key):
+            self.drop(path, "unsafe path")
+        elif start == 0:
+            file = pathlib.Path(path)
+            beside = {kind: file.with_suffix(f".{kind}") for kind in ("txt", "json")} | {file.suffix[1:].lower(): file}
+            files = {kind: part.read_bytes() for kind, part in beside.items() if part.is_file()}
+            yield path, (key, files if caption is None else {**files, "txt": caption.encode()})
+
+    def decode(self, raw):
+        key, files = raw
+        caption = read_caption(files)
+        image = ImageOps.fit(decoded(open_image(files, self.max_pixels)), (self.size, self.size), Image.BICUBIC)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3)
+        return {"image": pixels.permute(2, 0, 1).contiguous(), "caption": caption, "key": key}
+
+    def collate(self, samples):
+        return torch.stack([s["image"] for s in samples]).float() / 255, [s["caption"] for s in samples]
+
+
+@torch.no_grad()
+def latents(images, vae, encode_text, folder, batch_size=16, per_file=1000):
+    """Encode a data set once, into a folder that Cached reads: each image's latent, each caption's features.
+
+    images: Images with epochs=1; each rank encodes its part. vae.encode gives the posterior's mean, scaled as networks
+    want it; encode_text(captions) gives a tensor (B, ...) or a tuple of them; both keep their dtypes. Writes
+    RANK-of-WORLD-N.safetensors of `per_file` samples, and index.json once all ranks are done. After a kill the same
+    call goes on. One folder, one VAE and one text encoder: their weights are not compared.
+    """
+    if images.epochs != 1:
+        raise ValueError(f"latents of {images.shards[0][0]}: epochs={images.epochs}; a cache is one pass, so epochs=1")
+    folder, part = pathlib.Path(folder), f"{images.rank}-of-{images.world}"
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f"index-{part}.json"
+    index = {"files": [], "state": images.state(), "bad": {}, "done": False}
+    if own.exists():
+        index = json.loads(own.read_bytes())
+    images.restore(index["state"])
+    for name, reason in index["bad"].items():
+        images.drop(name, reason)
+    device, samples = next(vae.parameters()).device, iter(images)
+    while not index["done"]:
+        parts, rows = [], []
+        while batch := list(itertools.islice(samples, min(batch_size, per_file - len(rows)))):
+            pixels, captions = images.collate(batch)
+            context = encode_text(captions)
+            context = context if isinstance(context, tuple) else (context,)
+            parts.append([x.cpu() for x in (vae.encode(pixels.to(device)), *context)])
+            rows += [(sample["key"], sample["caption"]) for sample in batch]
+        if rows:
+            tensors = {f"{i}": torch.cat(column).contiguous() for i, column in enumerate(zip(*parts))}
+            index["files"].append(f"{part}-{len(index['files']):05d}.safetensors")
+            write_atomic(folder / index["files"][-1], safetensors.torch.save(tensors, {"samples": json.dumps(rows)}))
+        index |= {"state": images.state(), "bad": images.bad, "done": len(rows) < per_file}
+        write_atomic(own, json.dumps(index).encode())
+    parts = [folder / f"index-{rank}-of-{images.world}.json" for rank in range(images.world)]
+    parts = [json.loads(file.read_bytes()) for file in parts if file.exists()]
+    if len(parts) == images.world and all(part["done"] for part in parts):
+        skipped = collections.Counter(reason for part in parts for reason in part["bad"].values())
+        whole = {"files": [file for part in parts for file in part["files"]], "skipped": skipped}
+        write_atomic(folder / "index.json", json.dumps(whole, indent=2).encode())
+
+
+class Cached(Stream):
+    """What `latents` wrote, read as Images are: dicts of latents (C, H, W), context (a tuple of tensors), caption, key;
+    batches of latents (B, C, H, W) followed by each context (B, ...). ValueError if the folder is not finished.
+    """
+
+    def __init__(self, folder, rank=0, world=1, seed=0, epochs=None, shuffle=True, block=512, workers=4):
+        index = pathlib.Path(folder) / "index.json"
+        if not index.is_file():
+            raise ValueError(f"{index} does not exist: the latents are not finished; call data.latents there again")
+        files = [(str(index.parent / file),) for file in json.loads(index.read_bytes())["files"]]
+        super().__init__(files, rank, world, seed, epochs, shuffle, block, workers)
+
+    def read(self, shard, start):
+        path, = shard
+        try:
+            file = safetensors.safe_open(path, "pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"cannot read {path}: {error}; remove the folder and call data.latents again") from None
+        for i, (key, caption) in list(enumerate(json.loads(file.metadata()["samples"])))[start:]:
+            yield f"{path}/{key}", (file, i, key, caption)
+
+    def decode(self, raw):
+        file, i, key, caption = raw
+        latents, *context = (file.get_slice(f"{j}")[i] for j in range(len(file.keys())))
+        return {"latents": latents, "context": tuple(context), "caption": caption, "key": key}
+
+    def collate(self, samples):
+        return tuple(torch.stack(x) for x in zip(*((s["latents"], *s["context"]) for s in samples)))
+
+
+# =====================================================================================================================
+# Curation: LAION-Face-T2I-15M, the data set of ProxT2I (arXiv:2511.18742, App. B)
+# =====================================================================================================================
+# img2dataset's shards in, the same shards out: first the cheap rules, then an aesthetic score, then a new caption from
+# a vision-language model. What is left out has its reason in dropped.jsonl.
+
+STAGES = {256: (256, 16), 512: (512, 10)}     # short edge, at least; aspect ratio, at most 16:9 or 10:9     [App. B, C]
+AESTHETIC = 4.5                               # the score of LAION's aesthetic predictor, at least              [App. B]
+WORDS = 5, 100                                # a caption's, least and most: the prompts ask for 30               [ours]
+CAPTION_PROMPT = """\
+Write a concise summary of the image in 30 words. Describe the main subjects, actions, and any noticeable details such \
+as face, hair, clothes, ethnicity, or background.
+Describe the image style, such as photography, painting, or cartoon. The description should be a suitable image \
+generation prompt."""
+HAND_PROMPT = """\
+Does this image meet **all** of the following criteria?
+1. It is a **real photograph**, not a drawing or digital rendering.
+2. It shows a **close-up view** of the upper body (head to waist).
+3. There is a **single person** in the image.
+4. At least **one hand** is clearly visible and engaged in a motion or gesture (e.g., pointing, holding, touching, \
+etc.).
+
+If yes, respond with 'Yes' and on a new line, a caption of the image in about 30 words.
+Describe the hands in detail, covering:
+
+- Number of hands visible (e.g., 'one hand', 'both hands')
+- Position relative to the body (e.g., 'resting on lap', 'raised near face')
+- Finger gesture or configuration (e.g., 'fingers curled', 'spread apart', 'pointing')
+- Activity or interaction if any (e.g., 'adjusting clothing', 'touching chin', 'gesturing toward camera')
+- Visibility quality (e.g., 'clearly visible', 'partially obscured').
+
+If no, respond with 'No' and nothing else."""
+
+
+def caption_fault(text):
+    """Why a model's answer is no caption: empty, refused, repeats itself, too short or too long. None if it is one."""
+    words = re.findall(r"\w+", text.lower())
+    if not words:
+        return "empty caption"
+    if re.match(r"\W*(i['’]m |i (am|can|do|will|apolog)|sorry|as an ai|unable to|unfortunately)", text, re.I):
+        return "refused caption"
+    phrases = collections.Counter(zip(words, words[1:], words[2:], words[3:]))
+    if 2 * len(set(words)) < len(words) or max(phrases.values(), default=0) > 2 or max(map(len, words)) > 40:
+        return "caption repeats itself"
+    return "caption too short" if len(words) < WORDS[0] else "caption too long" if len(words) > WORDS[1] else None
+
+
+def ask(args, prompt, image, stop):
+    """An OpenAI-compatible server's answer to a prompt about an image: (text, finish_reason).
+
+    A server that is slow, busy (429), broken (5xx) or answers noise is asked again, args.retries times, after waits
+    that double, with jitter, until `stop` is set. ValueError after the last one, and at once for any other refusal.
+    """
+    buffer = io.BytesIO()
+    image.thumbnail((1024, 1024))
+    image.save(buffer, "JPEG", quality=95)
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    body = json.dumps({"model": args.model, "temperature": 0, "max_tokens": 256,
+                       "messages": [{"role": "user", "content": content}]}).encode()
+    request = urllib.request.Request(f"{args.server.rstrip('/')}/chat/completions", body, {
+        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+    for n in range(args.retries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=args.timeout) as reply:
+                choice = json.load(reply)["choices"][0]
+            return (choice["message"]["content"] or "").strip(), choice.get("finish_reason")
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):
+                raise ValueError(f"{args.server} refused: {problem}: {error.read(300)!r}") from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"               # unreachable, slow, torn off, or not an answer
+        if n == args.retries or stop.wait(min(60, args.backoff * 2**n) * (.5 + random.random())):
+            raise ValueError(f"{args.server} failed {n + 1} times, the last by {problem}: finished shards are "
+                             f"kept; once it is well, the same command goes on")
+
+
+def aesthetic(spec):
+    """The function of a PIL image that `file.py:function` names, called from one thread at a time."""
+    file, _, name = spec.rpartition(":")
+    function, lock = runpy.run_path(file).get(name) if os.path.isfile(file) else None, threading.Lock()
+    if not callable(function):
+        raise ValueError(f"--aesthetic {spec}: no such file or no such function; write path/to/file.py:function")
+
+    def score(image):
+        with lock:
+            return float(function(image))
+    return score
+
+
+def curated(files, args, score, stop):
+    """One sample by the recipe: its files as they are to be written. Raises Bad with the first rule that it fails."""
+    image, meta = open_image(files, args.max_pixels), read_meta(files)
+    (short, long), (least, ratio) = sorted(image.size), STAGES[args.stage]
+    known = [meta[side] for side in ("original_width", "original_height") if isinstance(meta.get(side), int)]
+    if min([short, *known]) < least:                                   # enlarged by img2dataset, it is no better
+        raise Bad("short edge")
+    if 9 * long > ratio * short:                                       # in whole numbers: exact at the border
+        raise Bad("aspect ratio")
+    image, field = decoded(image), args.aesthetic_field
+    if not args.no_aesthetic:
+        if not isinstance(meta.get(field), (int, float)):
+            if not score:
+                raise ValueError(f"no {field!r} in its .json: name the score by --aesthetic-field, or a function by "
+                                 f"--aesthetic file.py:function, or do without by --no-aesthetic")
+            meta[field] = score(image)
+        if not meta[field] >= args.min_aesthetic:
+            raise Bad("aesthetic score")
+    if args.no_caption:
+        caption = read_caption(files)
+    else:
+        caption, end = ask(args, HAND_PROMPT if args.hands else CAPTION_PROMPT, image, stop)
+        if args.hands:
+            verdict = re.match(r"\W*(yes|no)\b\W*(.*)", caption, re.I | re.S)
+            if not verdict or verdict[1].lower() == "no":
+                raise Bad("hands: no" if verdict else "hands: neither yes nor no")
+            caption = verdict[2]
+        if fault := "caption too long" if end == "length" else caption_fault(caption):
+            raise Bad(fault)
+        with contextlib.suppress(Bad):
+            meta.setdefault("original_caption", read_caption(files))
+        caption = " ".join(caption.split())
+        meta |= {"caption": caption, "caption_model": args.model}
+    return {**files, "txt": caption.encode(), "json": json.dumps(meta).encode()}
+
+
+def curate(args):
+    """`python data.py curate`: returns {"kept" or a reason: samples}. Stopped, the same command goes on.
+
+    A shard is done once summary.json counts it; by then it has its name, and its lines are in dropped.jsonl.
+    """
+    out, paths = pathlib.Path(args.out), [pathlib.Path(path) for path, *_ in find_shards(args.source)]
+    if any(path.suffix != ".tar" for path in paths) or len({path.name for path in paths}) < len(paths):
+        raise ValueError(f"{args.source}: curate reads .tar shards, each with a name of its own, as img2dataset writes")
+    if out.resolve() in {path.parent.resolve() for path in paths}:
+        raise ValueError(f"{out} holds the source itself: choose another folder to write to")
+    if not args.no_caption and not (args.model and re.match("https?://", args.server or "")):
+        raise ValueError("captions need --server http://HOST:PORT/v1 and --model NAME; or keep the old: --no-caption")
+    if args.no_caption and args.hands:
+        raise ValueError("--hands asks the server for a caption of the hands: leave --no-caption away")
+    score, stop = aesthetic(args.aesthetic) if args.aesthetic else None, threading.Event()
+    file, log = out / "summary.json", out / "dropped.jsonl"
+    settings = {name: getattr(args, name) for name in ("stage", "min_aesthetic", "aesthetic_field", "aesthetic",
+                                                       "no_aesthetic", "model", "hands", "no_caption", "max_pixels")}
+    summary = {"total": {}, "settings": settings, "written": 0, "shards": {}}       # written: bytes of dropped.jsonl
+    if file.exists():
+        summary = json.loads(file.read_bytes())
+    elif out.exists() and {path.name for path in out.iterdir()} - {"summary.json.new"}:
+        raise ValueError(f"{out} is not empty and holds no summary.json: choose another folder to write to")
+    for name, value in settings.items():
+        if summary["settings"].get(name) != value:
+            raise ValueError(f"{out} was begun with {name}={summary['settings'].get(name)!r}, not {value!r}: give the "
+                             f"same options, or another folder")
+    for name in [*summary["shards"], *["dropped.jsonl"] * bool(summary["shards"])]:
+        if not (out / name).is_file():
+            raise ValueError(f"{out / name} is gone, though {file} knows it: put it back, or start in another folder")
+
+    def work(sample):
+        key, files = sample
+        try:
+            return key, curated(files, args, score, stop)
+        except Bad as bad:
+            return key, str(bad)
+        except ValueError as error:
+            raise ValueError(f"{path.name}/{key}: {error}") from error
+
+    def drop(key, reason):
+        rows.append(json.dumps({"shard": path.name, "key": key, "reason": reason}) + "\n")
+        counts[reason] += 1
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(summary, indent=2).encode())
+    pool, bar = ThreadPoolExecutor(args.workers), tqdm(unit=" images")
+    try:
+        for n, path in enumerate(paths, 1):
+            if path.name in summary["shards"]:
+                continue
+            bar.set_description(f"curate {path.name}, {n} of {len(paths)}")
+            rows, counts, new = [], collections.Counter(), out / f"{path.name}.new"
+            with open(new, "wb") as f:
+                with tarfile.open(fileobj=f, mode="w") as tar:
+                    for key, files in ahead(pool, 2 * args.workers, work, read_tar(path, drop)):
+                        bar.update()
+                        if isinstance(files, str):
+                            drop(key, files)
+                            continue
+                        counts["kept"] += 1
+                        for kind, content in files.items():
+                            member = tarfile.TarInfo(f"{key}.{kind}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+                f.flush()
+                os.fsync(f.fileno())
+            with open(log, "ab") as f:
+                f.truncate(summary["written"])                         # lines of a shard that was not finished
+                f.write("".join(rows).encode())
+            os.replace(new, out / path.name)
+            summary["shards"][path.name] = counts
+            summary["total"] = sum(map(collections.Counter, summary["shards"].values()), collections.Counter())
+            summary["written"] = log.stat().st_size
+            write_atomic(file, json.dumps(summary, indent=2).encode())
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    if not summary["total"].get("kept"):
+        raise ValueError(f"{args.source}: nothing is left; {log} has the reasons: {dict(summary['total'])}")
+    return summary["total"]
+
+
+# =====================================================================================================================
 # What comes out of a run: ranks, seeds, command line, metrics, pictures, checkpoints
 # =====================================================================================================================
 # Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are
@@ -546,8 +1118,8 @@ def exit_codes():
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.05), default=24)
-            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch, "
-                     f"--checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
+            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch,"
+                     f" --checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
         elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
@@ -993,9 +1565,32 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     world = commands.add_parser("world", help="write a contact sheet of the tiny world")
     world.add_argument("--out", default="world.png")
+    curation = commands.add_parser("curate", help="filter and recaption img2dataset's shards as LAION-Face-T2I-15M",
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = curation.add_argument
+    add("source", help="a .tar, a folder of them, or a pattern")
+    add("out", help="a folder for the same shards, dropped.jsonl and summary.json")
+    add("--stage", type=int, choices=STAGES, default=256, help="the training resolution that sizes are filtered for")
+    add("--min-aesthetic", type=float, default=AESTHETIC, help="the least aesthetic score")
+    add("--aesthetic-field", default="aesthetic", help="the score's field in a sample's .json")
+    add("--aesthetic", metavar="FILE.PY:FUNCTION", help="scores a PIL image where the field is missing")
+    add("--no-aesthetic", action="store_true", help="no filter by score")
+    add("--server", metavar="URL", help="an OpenAI-compatible server's address, up to /v1; its key: $OPENAI_API_KEY")
+    add("--model", help="the server's name of the vision-language model")
+    add("--hands", action="store_true", help="the hand subset: keep what the model says shows hands, and its caption")
+    add("--no-caption", action="store_true", help="keep the captions")
+    add("--workers", type=int, default=16, help="questions to the server at once")
+    add("--timeout", type=float, default=120, help="seconds to wait for an answer")
+    add("--retries", type=int, default=6, help="times that a failed question is asked again")
+    add("--backoff", type=float, default=1, help="seconds before the first of them; doubled for each")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are left out undecoded")
     args = parser.parse_args(argv)
-    if args.command == "world":
-        contact_sheet().save(args.out)
+    with exit_codes():
+        if args.command == "world":
+            contact_sheet().save(args.out)
+        else:
+            for reason, count in sorted(curate(args).items(), key=lambda item: -item[1]):
+                print(f"{count:>10} {reason}")
 
 
 if __name__ == "__main__":
