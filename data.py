@@ -32,11 +32,8 @@ import textwrap
 import threading
 import time
 import traceback
-<<<<<<< HEAD
-=======
 import urllib.error
 import urllib.request
->>>>>>> 323863a2bf6fe2ec0d90cbad84f727173f9ad917
 from concurrent.futures import ThreadPoolExecutor
 
 import safetensors.torch
