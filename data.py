@@ -1292,11 +1292,11 @@ class Run:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def save(self, params, ema, opt):
+    def save(self, params, ema, opt, stream=None):
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
 
-        Sharded weights go by torch.distributed.checkpoint into last/shards-STEP, which state.pt names when it is whole;
-        any number of processes can read them again.
+        stream: training data, whose place is kept for every process. Sharded weights go by torch.distributed.checkpoint
+        into last/shards-STEP, which state.pt names when it is whole; any number of processes can read them again.
         """
         import models
         big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
@@ -1306,6 +1306,10 @@ class Run:
             if name != self.shards:                                   # never over those that state.pt names
                 dcp.save(big, checkpoint_id=self.out / "last" / name)
             self.shards, big = name, {"shards": name}
+        if stream is not None:
+            big["places"] = [stream.state()] * self.world
+            if self.world > 1:
+                dist.all_gather_object(big["places"], stream.state())
         if self.rank == 0:
             buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size
@@ -1315,7 +1319,7 @@ class Run:
                 if old.name != name:
                     shutil.rmtree(old)
 
-    def restore(self, params, ema, opt):
+    def restore(self, params, ema, opt, stream=None):
         """Put the last checkpoint, if there is one, back in place."""
         if not self.state:
             return
@@ -1330,6 +1334,11 @@ class Run:
         restore(params, state["params"])
         restore(ema or [], state["ema"])
         opt.load_state_dict(state["opt"])
+        if stream is not None:
+            if len(state["places"]) != self.world:
+                raise ValueError(f"--resume: the place in the data was saved by {len(state['places'])} processes, now "
+                                 f"there are {self.world}: use as many")
+            stream.restore(state["places"][self.rank])
 
     def prepare(self, pipe, rows):
         """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts."""
@@ -1413,6 +1422,7 @@ def optimizer(cfg, net, params):
 
 class WorldStream:
     """Training batches of the tiny world, drawn one ahead while the last is used: stream(step) -> images, captions."""
+    cached = False
 
     def __init__(self, seed, rank, batch, size):
         self.draw, self.artist, self.ahead = functools.partial(world_batch, seed), ThreadPoolExecutor(1), {}
@@ -1422,6 +1432,38 @@ class WorldStream:
         now = self.ahead.pop(step, None) or self.artist.submit(self.draw, step, *self.rest)
         self.ahead = {step + 1: self.artist.submit(self.draw, step + 1, *self.rest)}
         return now.result()[:2]
+
+    def state(self):
+        return {}                                                      # a batch is a function of its step
+
+    def restore(self, state):
+        pass
+
+
+class ImageStream:
+    """The same of image files, `Images`, or of a folder of latents and text features, `Cached`.
+
+    Raises ValueError where the data set ends, so for one that holds no image.
+    """
+
+    def __init__(self, spec, size, rank, world, batch, seed):
+        self.cached = (pathlib.Path(spec) / "index.json").is_file()
+        self.source = Cached(spec, rank, world, seed) if self.cached else Images(spec, size, rank, world, seed)
+        self.name, self.batch, self.batches, self.state = spec, batch, None, self.source.state
+
+    def __call__(self, step):
+        self.batches = self.batches or self.source.batches(self.batch)
+        return next(self.batches)
+
+    def restore(self, state):
+        self.source.restore(state)
+
+
+def training_stream(spec, size, rank, world, batch, seed):
+    """Batches to train on: "shapes", the tiny world; else a folder, a tar or a pattern of tars, or a cached folder."""
+    if spec == "shapes":
+        return WorldStream(seed, rank, batch, size)
+    return ImageStream(spec, size, rank, world, batch, seed)
 
 
 def scored(name, score, images, prompts, metas):

@@ -69,7 +69,7 @@ class Config:
     zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, or x: zeta / sqrt(lam)
     drop: float = 0.1                   # share of captions emptied                                [paper, Sec. 3.2]
     batch: int = 64                     # training images a step, over all processes               [paper: 2048]
-    images: str = "shapes"              # training images: shapes (the tiny world), a folder, or tar shards
+    images: str = "shapes"              # training images: shapes, a folder, tar shards, or a folder of cached latents
     optimizer: str = "muon"             # of training: muon (matrices; the rest AdamW), adamw
     updates: int = 2                    # optimizer steps a rollout, on disjoint groups
     train_steps: int = 0                # steps trained of each rollout, drawn anew; 0: all N - 1
@@ -129,6 +129,8 @@ class Config:
         if not 0 <= self.train_steps < max(self.sample_steps, 1):
             raise ValueError(f"--train-steps {self.train_steps}: between 0 (all) and {self.sample_steps - 1}, one less "
                              f"than --sample-steps")
+        if self.fsdp and self.optimizer == "muon" and self.stage != "rl":
+            raise ValueError("--optimizer muon looks at whole matrices, which --fsdp cuts: --optimizer adamw")
         if self.scheme == "pda":
             for n in counts("candidates", self.candidates):
                 pda_lambdas(n)
@@ -485,21 +487,27 @@ def train(cfg):
     check_model(cfg, pipe)
     shape, candidates = pipe.latent_shape(cfg.resolution), counts("candidates", cfg.candidates)
     mine = cfg.batch // run.world
-    stream = data.WorldStream(cfg.seed, run.rank, mine, cfg.resolution or shape[1])
+    size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
+    stream = data.training_stream(cfg.images, size, run.rank, run.world, mine, cfg.seed)
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin()
-    run.restore(params, ema, opt)
+    run.restore(params, ema, opt, stream)
     null = pipe.encode_text([""])
     bar = tqdm(initial=run.count["step"], total=cfg.steps, disable=run.rank > 0, desc=cfg.stage, unit="step",
                mininterval=1, dynamic_ncols=True)
     while not run.done():
         # 1. Images, some of their captions emptied
         step, share = run.count["step"], run.count["step"] / cfg.steps
-        images, captions = stream(step)                                # (B, 3, H, W) in [0, 1], B strings
+        images, *captions = stream(step)                               # (B, 3, H, W) in [0, 1], B strings
         draw = torch.Generator().manual_seed(data.mix(cfg.seed, step, run.rank, "train"))
         dropped = torch.rand(mine, generator=draw) < cfg.drop
-        ctx = pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions)])    # (B, L, D)
-        x_0 = pipe.encode_images(images.to(run.device)).to(data.wide(cfg.dtype))           # (B, C, H, W)
+        if stream.cached:                                              # latents already, and text features
+            x_0, empty = images.to(run.device, data.wide(cfg.dtype)), dropped[:, None, None].to(run.device)
+            ctx = [torch.where(empty, n, c.to(n)) for n, c in zip(null, captions)]
+        else:
+            with torch.no_grad():
+                ctx = pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions[0])])    # (B, L, D)
+            x_0 = pipe.encode_images(images.to(run.device)).to(data.wide(cfg.dtype))       # (B, C, H, W)
         # 2. Times and noise
         u = torch.rand(mine, 2, generator=draw, dtype=torch.float64)
         noise, eps = (torch.randn((mine, *shape), generator=draw).to(x_0) for _ in range(2))
@@ -540,10 +548,10 @@ def train(cfg):
             run.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
         if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt)
+            run.save(params, ema, opt, stream)
         bar.update()
     bar.close()
-    run.save(params, ema, opt)
+    run.save(params, ema, opt, stream)
     with models.using(params, ema):
         models.save_uvit(pipe, run.out / "model", torch.float16 if cfg.model.startswith("tiny") else None)
     data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)

@@ -275,3 +275,22 @@ def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and err.startswith("error: ") and words in err, err
     assert not Path("out").exists()
+
+
+def test_training_on_files_resumes_inside_the_data(tmp_path, capsys, monkeypatch):
+    """A folder of pictures with captions: a run in two parts sees the same batches as a whole one."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i, meta in enumerate(data.prompts("shapes", "train")[:10]):
+        picture = data.render([meta], i, 40)[0]
+        data.Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(f"pictures/{i}.png")
+        Path(f"pictures/{i}.txt").write_text(meta["prompt"])
+    line = ["train", "--images", "pictures", "--batch", 3, "--save-every", 1, *SMALL, "--steps", 4]
+    run([*line, "--out", "whole"], capsys)
+    monkeypatch.setattr(data.Run, "done", lambda self: self.count["step"] >= 2)
+    run([*line, "--out", "parts"], capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run([*line, "--out", "parts", "--resume"], capsys)
+    one, two = (torch.load(f"{name}/last/state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one["params"], two["params"])) and one["places"] == two["places"]
