@@ -1576,6 +1576,9 @@ def finish(run, pipe, params, start, trained, rows, score, evaluate, sample):
         with models.using(params, trained):
             if cfg.lora_rank:
                 models.save_lora(pipe.net, run.out / "lora.safetensors")
+            elif pipe.family == "uvit":                               # no library knows it: the whole pipeline
+                small = torch.float16 if cfg.model.startswith("tiny") else models.DTYPES[cfg.dtype]
+                models.save_uvit(pipe, run.out / "model", small)
             else:
                 pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     run.log({**row, "tags": tags["after"]})

@@ -58,6 +58,7 @@ class Config:
     sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: hybrid, dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # the score model beside the proximal one; empty: none
+    compare_cfg: str = ""               # guidance scales that `compare` also tries, with the default sampler  [Fig. 11]
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
     group_size: int = 24                # G, images a prompt                                       [paper, Sec. 4.3]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
@@ -552,8 +553,6 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt, stream)
-    with models.using(params, ema):
-        models.save_uvit(pipe, run.out / "model", torch.float16 if cfg.model.startswith("tiny") else None)
     data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
 
 
@@ -711,7 +710,9 @@ def compare(cfg):
     run.begin()
     table, grids, titles = {}, [], []
     shown = [row["prompt"] for row in rows[:8]]
-    with tqdm(total=len(names) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
+    scales = list(filter(None, cfg.compare_cfg.split(",")))
+    total = (len(names) + len(scales)) * len(steps)
+    with tqdm(total=total, desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
         for name in names:
             for n in steps:
                 one = replace(cfg, method=SAMPLERS[name], sampler=name, eval_steps=n)
@@ -721,11 +722,18 @@ def compare(cfg):
                     grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, cfg.cfg_eval))
                     titles.append(f"{name} {n}")
                 bar.update()
+        for scale in map(float, scales):
+            one = replace(cfg, sampler="")
+            names.append(f"{default_sampler(one)} at guidance {scale:g}")
+            for n in steps:
+                pipe = pipes[cfg.method]
+                table[names[-1], n], _ = evaluate(pipe, rows, score, replace(one, eval_steps=n), run, scale)
+                bar.update()
     lines = [[cfg.eval_reward, *steps], *([name, *(f"{table[name, n]:.3f}" for n in steps)] for name in names)]
     if run.rank == 0:
         data.write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
-        run.say("\n".join("".join(f"{word:>14}" for word in line) for line in lines))
+        run.say("\n".join(f"{line[0]:>26}" + "".join(f"{word:>9}" for word in line[1:]) for line in lines))
         run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}")
     return run.out
 

@@ -229,7 +229,7 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
     assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2
-    again = models.UViT.from_pretrained("out/transformer")
+    again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
 
@@ -253,10 +253,12 @@ def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys
 def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     proxt2i.main([str(word) for word in ("compare", "--model", fresh / "prox", "--compare-with", fresh / "score",
-                                         "--compare-steps", "2,4", "--out", "out", *SMALL)])
+                                         "--compare-steps", "2,4", "--compare-cfg", "1,3", "--out", "out", *SMALL)])
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     assert lines[0] == ["shapes-strict", "2", "4"]
-    assert [line[0] for line in lines[1:]] == ["hybrid", "sde", "sde-mean", "ode", "dpm"]
+    assert [line[0] for line in lines[1:]] == ["hybrid", "sde", "sde-mean", "ode", "dpm", "hybrid at guidance 1",
+                                               "hybrid at guidance 3"]
+    assert lines[1][1:] == lines[6][1:]
     assert Path("out/samples/compare.png").stat().st_size > 1000
 
 
