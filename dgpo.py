@@ -120,16 +120,16 @@ class Config:
                              f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
-RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16", lr=3e-4,
-                updates=1, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True, kl_beta=0.02,
-                ref="start", timesteps=4, lr_hold=0)                  # of all three models
-OFFICIAL = dict(group_size=16, groups=8, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
-                rollout="ema", rollout_after=200)
-PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)
-MODEL = {                                                             # sd3 as released; flux, sd14: no run is published
+RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
+                resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02,
+                lr_hold=0, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)    # this line ours
+OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
+                rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
+PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)           # Alg. 1; t_min and groups our reading
+MODEL = {
     "sd3": dict(solver="dpm", schedule="dpm", shift=3.0, eval_steps=14, lora_rank=64, cfg_rollout=4.5, cfg_eval=4.5),
-    "flux": dict(eval_steps=28, lora_rank=64, guidance=3.5),
-    "sd14": dict(sample_steps=20, eval_steps=50, lora_rank=64, cfg_rollout=5.0, cfg_eval=5.0)}
+    "flux": dict(eval_steps=28, lora_rank=64, guidance=3.5),           # no run of these two is published: their own
+    "sd14": dict(sample_steps=20, eval_steps=50, lora_rank=64, cfg_rollout=5.0, cfg_eval=5.0)}    # samplers, our choice
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {family: {**RELEASED, **PAPER, **values} for family, values in MODEL.items()},

@@ -113,15 +113,17 @@ class Config:
 
 
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
-            sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, eval_steps=40, minutes=1e6,
-            train_steps=0, clip_range=1e-4, cfg_rollout=4.5, cfg_train=4.5, cfg_ref=4.5, cfg_eval=4.5, cfg_also=0.0,
-            eval_every=60, micro_batch=24, kl_beta=0.04, ema_every=8)                # Flow-GRPO's run of SD3.5-M
+            sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
+            cfg_rollout=4.5, cfg_train=4.5, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04, ema_every=8,
+            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
 DANCE = dict(reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16", lr=1e-5,
-             clip_range=1e-4, cfg_also=0.0, minutes=1e6, eval_every=50, micro_batch=4)             # DanceGRPO's runs
-FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "groups": 8,
-        "group_size": 12, "train_steps": 9, "eval_steps": 28, "ema": 0.995, "fsdp": True}
-SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "groups": 32, "group_size": 16, "ema": 0.0,
-        "train_steps": 0, "eval_steps": 50, "cfg_rollout": 5.0, "cfg_train": 5.0, "cfg_eval": 5.0}
+             clip_range=1e-4, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)             # DanceGRPO's code
+FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
+        "groups": 8, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: a prompt a GPU, 60 % of steps
+        "eval_steps": 28}                                              # ours: it evaluates nothing
+SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
+        "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
+        "cfg_eval": 5.0, "eval_steps": 50}
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
