@@ -122,7 +122,7 @@ class Config:
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
                 resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02,
-                lr_hold=0, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)    # this line ours
+                lr_hold=0, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)   # this line ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
 PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)           # Alg. 1; t_min and groups our reading

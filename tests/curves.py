@@ -3,7 +3,7 @@
     python tests/curves.py tests/curves.png dgpo=runs/dgpo-00* grpo=runs/grpo-00*
 
 Each argument after the picture is LABEL=FOLDER, or LABEL=FOLDER FOLDER ... as a shell expands it: the folders of one
-label are its seeds, drawn thin, their mean over the common range drawn thick.
+label are its seeds, drawn thin, their mean over the common range drawn thick. FOLDER@N is cut after N rollouts.
 """
 import json
 import pathlib
@@ -19,7 +19,9 @@ COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 
 def curve(folder):
     """The validation points of one run: a list of metrics rows that hold `eval`, seconds counted from the first
     step."""
+    folder, _, last = str(folder).partition("@")
     rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if not last or row["step"] <= int(last)]
     start = next(row["seconds"] for row in rows if row["step"] == 0)
     return [{**row, "seconds": row["seconds"] - start} for row in rows if "eval" in row]
 
