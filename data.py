@@ -997,9 +997,8 @@ def cli(config, presets, argv=None, defaults=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
-    that are given, --gpu-memory's between them, and `defaults` under all. No --preset is "official" for a public
-    model's name, else "tiny".
-    Returns the dataclass, whose __post_init__ may raise ValueError.
+    that are given, --gpu-memory's between them, and `defaults`, {method: {field: value}}, under all. No --preset is
+    "official" for a public model's name, else "tiny". Returns the dataclass, whose __post_init__ may raise ValueError.
     """
     import models
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
@@ -1028,7 +1027,8 @@ def cli(config, presets, argv=None, defaults=None):
             raise ValueError(f"--preset {preset} has no numbers for --model {model}, only for {', '.join(values)}, "
                              f"known by a directory's model_index.json; without --preset, tiny's numbers hold")
         values = values[family]
-    values = {**(defaults or {}), **values, **given, "model": model, "preset": preset}
+    under = (defaults or {}).get(given.get("method") or values.get("method") or config.method, {})
+    values = {**under, **values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
         plan = models.memory_plan(family, values["gpu_memory"], values.get("lora_rank", config.lora_rank))
         values = {**values, **plan, **given}

@@ -1,7 +1,8 @@
-"""Flow-GRPO: policy gradients for flow-matching text-to-image models, in one file.
+"""Flow-GRPO and DanceGRPO: policy gradients for text-to-image models, flow or DDPM, in one file.
 
 Sample G images per prompt with an SDE, score them, make the steps that led to better-than-average ones more likely.
-Paper: Liu et al., Flow-GRPO, arXiv:2505.05470v5. (n) is this file's number, [n] that version's.
+Papers: Liu et al., Flow-GRPO, arXiv:2505.05470v5: (n) is this file's number, [n] that version's. Xue et al., DanceGRPO,
+arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise a group; on SD1.4 DDIM's steps for (2).
 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
@@ -33,7 +34,7 @@ class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
     weights: str = ""                   # its directory or original single file, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
-    method: str = "flow"                # flow (Flow-GRPO)
+    method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
@@ -50,6 +51,8 @@ class Config:
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: flow, or ddim
     noise_level: float = 0.7            # a in Eq. (2)                                             [paper, Sec. 5.1]
+    shared_noise: bool = False          # the images of a group start from one noise               [DanceGRPO's code]
+    clean_final: bool = False           # the reward sees the last step's x_0hat, not its state    [DanceGRPO's FLUX]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all    [paper: all]
     updates: int = 2                    # optimizer steps a rollout, on disjoint groups            [released code]
@@ -93,7 +96,7 @@ class Config:
 
     def __post_init__(self):
         data.check_common(self)
-        for name, options in dict(method=("flow",), sde=("", "flow", "dance", "cps", "ddim"),
+        for name, options in dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
                                   schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"),
                                   kl_form=("flow-grpo", "gaussian", "velocity"),
                                   adv_std=("group", "batch", "none")).items():
@@ -103,6 +106,8 @@ class Config:
         if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
             raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
                              f"--kl-beta {self.kl_beta} 0 or more")
+        if self.method == "dance" and self.kl_beta:
+            raise ValueError(f"--method dance has no KL: --kl-beta {self.kl_beta} is Flow-GRPO's, --method flow")
         if self.sde == "cps" and self.sample_steps == 1:
             raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
         if self.groups % self.updates:
@@ -116,14 +121,17 @@ FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resoluti
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04, ema_every=8,
             minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
-DANCE = dict(reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16", lr=1e-5,
-             clip_range=1e-4, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)             # DanceGRPO's code
+DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
+             shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
+             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "groups": 8, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: a prompt a GPU, 60 % of steps
+        "clean_final": True,
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
         "cfg_eval": 5.0, "eval_steps": 50}
+METHODS = {"flow": {}, "dance": dict(noise_level=0.3, shared_noise=True)}          # under the preset and the flags
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
@@ -313,6 +321,11 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 # == end ==
 
 
+def sde_kind(pipe, cfg):
+    """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError if it misfits."""
+    return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method))
+
+
 def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
     """Step i of the sampler, taken by eps or scored at x_next: sde_step, ddim_step for kind "ddim", as they return.
 
@@ -326,7 +339,7 @@ def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
 
 @torch.no_grad()
 def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
-    """One SDE trajectory for each image: x (T + 1, B, C, H, W) and, for SDE steps, logp {i: (B,)} of the stored values.
+    """One SDE trajectory an image: x (T + 1, B, C, H, W), logp {i: (B,)} of the SDE steps, and what is to be decoded.
 
     window: the indices of the SDE steps; the others are ODE steps. Each group's noise is a function of (seed, step,
     group); group: the global number of the first one.
@@ -334,18 +347,20 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
     count = len(prompts) // cfg.group_size
 
-    def draw(name):                                                    # (B, C, H, W)
-        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
+    def draw(name, shared=False):                                      # (B, C, H, W)
+        size = shape[1:] if shared else shape
+        return torch.cat([data.noise(size, cfg.seed, step, group + g, name, device=device, dtype=wide).expand(shape)
                           for g in range(count)])
-    xs, logps = [draw("start")], {}
-    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+    xs, logps = [draw("start", cfg.shared_noise)], {}
+    for i, t in enumerate(ts[:-1]):
         v = guided(pipe.net, xs[i], t, ctx, null, cfg.cfg_rollout)
         eps = draw(f"sde {i}") if i in window else None
-        x, logp, *_ = transition(v, xs[i], i, ts, cfg.noise_level if i in window else 0.0, pipe.sde(cfg.sde), eps)
+        x, logp, *_ = transition(v, xs[i], i, ts, cfg.noise_level if i in window else 0.0, sde_kind(pipe, cfg), eps)
         if logp is not None:                                           # the last step of cps has no noise
             logps[i] = logp
         xs.append(x)
-    return torch.stack(xs), logps
+    clean = xs[-2] - ts[-2] * v if cfg.clean_final else xs[-1]         # the last step's x_0hat, or where it arrived
+    return torch.stack(xs), logps, clean
 
 
 # ============================================================================================================== train
@@ -364,7 +379,9 @@ def train(cfg):
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
-    kind = pipe.sde(cfg.sde)
+    kind = sde_kind(pipe, cfg)
+    if cfg.clean_final and pipe.ddpm:
+        raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
@@ -410,7 +427,7 @@ def train(cfg):
         trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
-        images = torch.cat([pipe.decode(x[-1, s]) for s in chunks])
+        images = torch.cat([pipe.decode(part[2]) for part in parts])
         reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
@@ -472,7 +489,7 @@ def train(cfg):
 
 def main(argv=None):
     with data.exit_codes():
-        train(data.cli(Config, PRESETS, argv))
+        train(data.cli(Config, PRESETS, argv, METHODS))
 
 
 if __name__ == "__main__":

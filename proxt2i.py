@@ -743,7 +743,8 @@ def main(argv=None):
     stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     with data.exit_codes():
         data.choose("stage", stage, ("", *STAGES))
-        cfg = data.cli(Config, PRESETS, argv, STAGE_DEFAULTS.get(stage, {}) | {"stage": stage or "rl"})
+        under = STAGE_DEFAULTS.get(stage, {}) | {"stage": stage or "rl"}
+        cfg = data.cli(Config, PRESETS, argv, {"prox": under, "score": under})
         if not stage and not cfg.resume:                               # the quick start: both, one after the other
             compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps="4,10", stage="compare",
                             out=f"{cfg.out}-compare" if cfg.out else ""))

@@ -571,3 +571,24 @@ def test_lift(module, settings, flags):
     assert last["eval_after"] > last["eval_before"] + .03, last
     worse, *_ = run(module, flags(groups=4, group_size=16, eval_images=64, **settings, out="worse", reward="blue"))
     assert worse["eval_after"] < worse["eval_before"] - .03, worse     # the reward decides, not the training
+
+
+def test_dance_grpo_shares_a_groups_noise_and_scores_the_clean_estimate(flags, monkeypatch):
+    """--method dance: its SDE at .3, each group from one noise; --clean-final: the reward sees the last x_0hat."""
+    seen = []
+    honest = grpo.rollout
+
+    def spy(pipe, prompts, ctx, null, ts, window, cfg, *rest):
+        x, logps, clean = honest(pipe, prompts, ctx, null, ts, window, cfg, *rest)
+        seen.append((cfg, x, logps, clean, ts, grpo.guided(pipe.net, x[-2], ts[-2], ctx, null, 1)))
+        return x, logps, clean
+    monkeypatch.setattr(grpo, "rollout", spy)
+    for settings in (dict(method="dance"), dict(method="dance", clean_final=True), dict(shared_noise=False)):
+        run(grpo, flags(out=str(len(seen)), steps=1, groups=2, **settings))
+    (cfg, x, logps, clean, ts, v), (_, x_2, _, clean_2, _, v_2), (plain, x_3, *_) = seen[0], seen[1], seen[-1]
+    group = x[0].unflatten(0, (-1, cfg.group_size))
+    assert (cfg.noise_level, cfg.kl_beta) == (.3, 0) and plain.noise_level == .7
+    assert torch.equal(group, group[:, :1].expand_as(group)) and not torch.equal(group[0, 0], group[-1, 0])
+    assert not torch.equal(x[1].unflatten(0, (-1, cfg.group_size))[:, 0], x[1].unflatten(0, (-1, cfg.group_size))[:, 1])
+    assert not torch.equal(x_3[0][0], x_3[0][1])
+    assert torch.equal(clean, x[-1]) and torch.allclose(clean_2, x_2[-2] - ts[-2] * v_2, atol=1e-6)
