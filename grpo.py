@@ -322,7 +322,7 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 
 
 def sde_kind(pipe, cfg):
-    """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError if it misfits."""
+    """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError: a misfit."""
     return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method))
 
 

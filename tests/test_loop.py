@@ -592,3 +592,12 @@ def test_dance_grpo_shares_a_groups_noise_and_scores_the_clean_estimate(flags, m
     assert not torch.equal(x[1].unflatten(0, (-1, cfg.group_size))[:, 0], x[1].unflatten(0, (-1, cfg.group_size))[:, 1])
     assert not torch.equal(x_3[0][0], x_3[0][1])
     assert torch.equal(clean, x[-1]) and torch.allclose(clean_2, x_2[-2] - ts[-2] * v_2, atol=1e-6)
+
+
+def test_the_rate_is_held_and_then_falls(flags):
+    """lr for lr_hold updates, then lr * lr_hold / updates: a function of the update alone, so of no resume."""
+    cfg = dgpo.Config(lr=1e-3, lr_hold=200)
+    assert [data.rate(cfg, n) for n in (0, 1, 200, 400, 1000)] == [1e-3, 1e-3, 1e-3, 5e-4, 2e-4]
+    assert data.rate(dgpo.Config(lr=1e-3, lr_hold=0), 10 ** 6) == 1e-3
+    _, _, state = run(dgpo, flags(steps=3, updates=2, lr=1e-3, lr_hold=2))
+    assert state["opt"]["param_groups"][0]["lr"] == 1e-3 * 2 / 5       # of the sixth update, five done before
