@@ -1189,7 +1189,7 @@ class Run:
                 if key not in free and before.get(key) != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
             try:                                                     # killed before its first checkpoint: start anew
-                state = (out / file).exists() and torch.load(out / file, map_location=self.device, weights_only=True)
+                state = (out / file).exists() and torch.load(out / file, map_location="cpu", weights_only=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
         self._refuse_taken(out)
@@ -1334,6 +1334,8 @@ class Run:
         restore(params, state["params"])
         restore(ema or [], state["ema"])
         opt.load_state_dict(state["opt"])
+        for key in ("params", "ema", "opt"):                          # weights that nobody needs twice
+            self.state.pop(key, None)
         if stream is not None:
             if len(state["places"]) != self.world:
                 raise ValueError(f"--resume: the place in the data was saved by {len(state['places'])} processes, now "
