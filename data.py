@@ -1365,14 +1365,14 @@ def check_ratio(run, differences, stop=True):
     stop: raise ValueError if further than a tenth of the clip range, which is a bug; else only say that the passes with
     gradients differ so much, which bf16's rounding can do.
     """
-    worst, limit = max(d.expm1().abs().max().item() for d in differences), run.cfg.clip_range / 10
+    worst, limit = torch.cat(differences).expm1().abs().max().item(), run.cfg.clip_range / 10    # NaN if any is
     if stop:
         run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
                 f"{limit:.1e})")
-    if worst > limit and stop:
+    if stop and not worst <= limit:
         raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, over a "
                          f"tenth of --clip-range {run.cfg.clip_range}; use --dtype float32 or a wider clip")
-    if worst > limit:
+    if not worst <= limit:
         run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {run.cfg.dtype} takes part in "
                 f"the clip")
 
