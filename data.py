@@ -1098,7 +1098,8 @@ def load_policy(cfg, run, fresh=False):
             net.float()
             net.forward = torch.autocast(run.device.type, dtype)(net.forward)
         params = models.trainable(net.requires_grad_(True))
-    if cfg.compile:
+    if cfg.compile:                       # each kind of block, with and without gradients, for several batch sizes: more
+        torch._dynamo.config.recompile_limit = 256                    # than 8, after which blocks would run uncompiled
         for block in net.modules():
             if isinstance(block, net.blocks):
                 block.compile()

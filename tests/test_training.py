@@ -294,6 +294,24 @@ def test_checkpointing(module, family, train, monkeypatch):
     assert distance(kept, train(module, family, checkpointing=True)) < 1e-12 and calls
 
 
+def test_compiled_blocks_stay_compiled(flags, monkeypatch):
+    """Gradients on and off, several batch sizes: PyTorch's own limit would send most passes to eager."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(block, backend="eager"))
+    cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags("sd14", lora_rank=2, compile=True))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu")))
+        for batch in (6, 4, 3):
+            x, ctx = torch.randn(batch, *pipe.latent_shape(32)).double(), pipe.encode_text(["a red circle"] * batch)
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    v = dgpo.guided(pipe.net, x, 1, ctx, None, 1)
+            v.square().mean().backward()
+    assert all(p.grad is not None for p in params)
+    torch._dynamo.reset()
+
+
 @BOTH
 def test_offload(module, train, monkeypatch):
     """The VAE waits on the CPU and is fetched for each decoding: the same bits."""
