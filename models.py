@@ -156,10 +156,12 @@ def save_pretrained(net, directory, dtype=None):
     if lora_layers(net):
         raise ValueError(f"{directory}: the network has a LoRA, which save_pretrained would lose: call save_lora")
     directory, state = Path(directory), {}
-    for key, tensor in net.state_dict().items():                      # shards are gathered, one tensor at a time
-        tensor = tensor.full_tensor() if is_sharded([tensor]) else tensor
-        state[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+    first = not (torch.distributed.is_initialized() and torch.distributed.get_rank())
+    for key, tensor in net.state_dict().items():                      # shards are gathered, one tensor at a time, by
+        tensor = tensor.full_tensor() if is_sharded([tensor]) else tensor                # all, and kept by one process
+        if first:
+            state[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    if not first:
         return
     directory.mkdir(parents=True, exist_ok=True)
     save_file(state, directory / f"{net.file_name}.safetensors", metadata={"format": "pt"})
