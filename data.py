@@ -1315,7 +1315,7 @@ class Run:
             buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size
             torch.save({**big, "count": self.count, "norms": self.norms, "written": written}, buffer)
-            write_atomic(self.out / "last" / "state.pt", buffer.getvalue())
+            write_atomic(self.out / "last" / "state.pt", buffer.getbuffer())
             for old in (self.out / "last").glob("shards-*"):
                 if old.name != name:
                     shutil.rmtree(old)
@@ -1351,7 +1351,7 @@ class Run:
 
 
 def write_atomic(path, content):
-    """Write bytes to a file so that a kill leaves the old file or the new one, never a part."""
+    """Write bytes, or a buffer of them, to a file so that a kill leaves the old file or the new one, never a part."""
     new = pathlib.Path(f"{path}.new")
     with open(new, "wb") as f:
         f.write(content)
