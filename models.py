@@ -1550,7 +1550,10 @@ class TextToImage:
             for p in encoder.parameters():                            # a fingerprint: a few numbers of every tensor
                 digest.update(p.flatten()[::max(1, p.numel() // 64)].double().cpu().numpy().tobytes())
         self.folder = Path(folder or HERE / "weights" / "text") / digest.hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make --text-cache {self.folder}: {error.strerror}") from None
         mine = [prompt for prompt in sorted(set(prompts))[rank::world] if not self._file(prompt).is_file()]
         for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0 or not mine, dynamic_ncols=True):
             self._kept(prompt)

@@ -576,8 +576,8 @@ def train_rl(cfg):
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.begin()
     run.prepare(pipe, [*rows["train"], *test, *val])
+    run.begin()
     null = pipe.encode_text([""])
     run.restore(params, ema, opt)
     if not run.state:

@@ -512,6 +512,11 @@ def test_missing_and_damaged_files(module, flags, refused, folder, tmp_path):
     damaged("sd3", lambda: torch.save({}, whole), whole, "damaged")
 
 
+def test_a_text_cache_that_cannot_be_made(flags, refused):
+    Path("file").write_text("")
+    refused(dgpo, flags("sd3", text_cache="file"), "--text-cache file")
+
+
 def test_too_little_memory_names_the_plan_that_fits(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gigabytes, plan in ((23.6, 24), (47.4, 48), (79.3, 80), (139.8, 141), (11.0, 24)):
