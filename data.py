@@ -1098,8 +1098,9 @@ def load_policy(cfg, run, fresh=False):
             net.float()
             net.forward = torch.autocast(run.device.type, dtype)(net.forward)
         params = models.trainable(net.requires_grad_(True))
-    if cfg.compile:                       # each kind of block, with and without gradients, for several batch sizes: more
-        torch._dynamo.config.recompile_limit = 256                    # than 8, after which blocks would run uncompiled
+    if cfg.compile:
+        # Each kind of block, with and without gradients, at several batch sizes: past 8, blocks would run uncompiled.
+        torch._dynamo.config.recompile_limit = 256
         for block in net.modules():
             if isinstance(block, net.blocks):
                 block.compile()
@@ -1115,12 +1116,13 @@ def exit_codes():
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
-            fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.05), default=24)
+            fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.1), default=24)    # 44.5 GiB is 48 GB
             error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch,"
                      f" --checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
         elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
 
@@ -1135,8 +1137,11 @@ class Run:
 
     def __init__(self, cfg, method):
         self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda and local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU of its own: try torchrun --nproc_per_node "
+                             f"{torch.cuda.device_count()}")
         if cuda:
             torch.cuda.set_device(self.device)
         if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():

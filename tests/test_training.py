@@ -517,9 +517,17 @@ def test_a_text_cache_that_cannot_be_made(flags, refused):
     refused(dgpo, flags("sd3", text_cache="file"), "--text-cache file")
 
 
+def test_more_processes_than_gpus(flags, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    refused(dgpo, flags("sd3"), "process 4", "--nproc_per_node 4")
+
+
 def test_too_little_memory_names_the_plan_that_fits(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for gigabytes, plan in ((23.6, 24), (47.4, 48), (79.3, 80), (139.8, 141), (11.0, 24)):
+    for gigabytes, plan in ((23.6, 24), (47.4, 48), (44.5, 48), (39.4, 24), (79.3, 80),
+                            (139.8, 141), (11.0, 24)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gigabytes * 2 ** 30)))
         with pytest.raises(SystemExit) as end, data.exit_codes():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
