@@ -1067,8 +1067,9 @@ def check_common(cfg):
     choose("init", cfg.init, ("", "random"))
     if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
         raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
-    if cfg.merge_lora and cfg.compile:
-        raise ValueError("--merge-lora changes the layers that --compile has compiled: choose one of them")
+    if cfg.merge_lora and cfg.compile and cfg.lora_rank:
+        raise ValueError("--merge-lora (on in dgpo.py's public presets) changes the layers that --compile has "
+                         "compiled: try --no-merge-lora")
 
 
 def load_policy(cfg, run, fresh=False):

@@ -1596,13 +1596,16 @@ class TextToImage:
     def times(self, steps, kind="", shift=0.0, resolution=None):
         """The sampler's times by `schedule`; kind "" and shift 0 stand for the checkpoint's own.
 
-        Raises ValueError for a kind that does not suit the network: ddim gives DDPM steps, the others flow times.
+        Raises ValueError for a kind that does not suit the network: ddim gives DDPM steps, the others flow times; and
+        for a shift of DDPM steps.
         """
         kind = kind or ("ddim" if self.ddpm else "linear")
         if (kind == "ddim") != self.ddpm:
             raise ValueError(f"--schedule {kind} does not suit {self.family}: " + (
                 "its network knows DDPM steps; try --schedule ddim" if self.ddpm else
                 "its network knows flow times; try --schedule linear"))
+        if shift and self.ddpm:
+            raise ValueError(f"--shift {shift:g} does not suit {self.family}: DDPM steps have none; leave it away")
         if not shift and self.family == "flux" and not self.shift:
             shift = flux_shift(math.prod(self.latent_shape(resolution)[1:]) // 4)
         return schedule(steps, shift or self.shift, kind)

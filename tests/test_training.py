@@ -468,6 +468,8 @@ def refused(capsys):
 def test_what_a_model_cannot_do(module, flags, refused, monkeypatch):
     refused(module, flags("sd14", solver="euler"), "--solver euler", "sd14", "--solver ddim")
     refused(module, flags("sd3", schedule="ddim"), "--schedule ddim", "sd3", "--schedule linear")
+    refused(module, flags("sd14", shift=3.0), "--shift 3", "sd14")
+    refused(module, flags("sd3", lora_rank=2, merge_lora=True, compile=True), "--no-merge-lora")
     refused(module, flags("flux", gpu_memory=24), "--gpu-memory 24", "--gpu-memory 48")
     for family in pipelines.FAMILIES:
         refused(module, flags(family, resolution=33), "resolution=33", "multiple of 4" if family == "sd14" else "of 8")
