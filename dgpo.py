@@ -125,7 +125,7 @@ RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",     
                 lr_hold=0, minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)   # this line ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
-PAPER = dict(group_size=24, groups=32, t_min=0.6, ema=0.0, kl_beta=0.0)           # Alg. 1; t_min and groups our reading
+PAPER = dict(timesteps=1, ema=0.0, kl_beta=0.0, group_size=24, groups=32, t_min=0.6)      # Alg. 1; sizes, t_min: ours
 MODEL = {
     "sd3": dict(solver="dpm", schedule="dpm", shift=3.0, eval_steps=14, lora_rank=64, cfg_rollout=4.5, cfg_eval=4.5),
     "flux": dict(eval_steps=28, lora_rank=64, guidance=3.5),           # no run of these two is published: their own
