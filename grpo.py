@@ -428,6 +428,7 @@ def train(cfg):
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
         images = torch.cat([pipe.decode(part[2]) for part in parts])
+        del parts                                                      # their trajectories live on in x alone
         reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
