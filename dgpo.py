@@ -69,6 +69,7 @@ class Config:
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
+    kl_to: str = "ref"                  # whose v_ref the KL takes: ref, or start, where the reference moves
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -105,7 +106,7 @@ class Config:
     def __post_init__(self):
         data.check_common(self)
         for name, options in dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
-                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"),
+                                  clip_old=("rollout", "ema"), kl_to=("ref", "start"), ref=("start", "ema", "old"),
                                   schedule=("", "linear", "sd3", "dpm", "ddim"),
                                   solver=("", "euler", "dpm", "ddim"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
@@ -485,7 +486,10 @@ def train(cfg):
                     with torch.no_grad():
                         with models.using(params, ref):
                             v_ref = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
-                        dsm_ref, dsm_old = dsm_of(v_ref), None
+                        dsm_ref, dsm_old, v_kl = dsm_of(v_ref), None, v_ref
+                        if cfg.kl_to == "start" and ref is not start:
+                            with models.using(params, start):
+                                v_kl = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
                         if cfg.clip_range:
                             with models.using(params, clip_old):
                                 dsm_old = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
@@ -502,7 +506,7 @@ def train(cfg):
                             loss = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta      # Eq. (4)
                         else:
                             loss = (slope[p] * A[p] * dsm).mean()
-                        kl, share = (v - v_ref[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
+                        kl, share = (v - v_kl[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
                         ((loss + cfg.kl_beta * kl) * share).backward()
                         shown = (loss if whole is None else whole) * cfg.beta
                         logs += torch.stack([shown, kl, dsm.mean()]).detach() * share
@@ -516,7 +520,7 @@ def train(cfg):
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * (
-            both["ref"] + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G)))
+            both["ref"] * (1 + (cfg.kl_to == "start" != cfg.ref)) + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G)))
         run.count["backwards"] += seen * both["train"]
         loss, kl, dsm = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,

@@ -358,7 +358,7 @@ def counting(module, monkeypatch):
 @pytest.mark.parametrize("settings", (
     dict(), dict(cfg_rollout=2.0), dict(cfg_train=2.0, cfg_ref=3.0, timesteps=2), dict(clip_range=.1, cfg_train=1.5),
     dict(method="diffusion-dpo", kl_beta=.1, updates=3, cfg_rollout=0.0), dict(sde=True, eval_every=1),
-    dict(solver="dpm")),
+    dict(solver="dpm"), dict(kl_to="start"), dict(kl_to="start", ref="start")),
     ids=str)
 def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
     with counting(dgpo, monkeypatch) as seen:
