@@ -519,8 +519,9 @@ def train(cfg):
         run.count["images"] += cfg.groups * cfg.group_size
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
-        run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * (
-            both["ref"] * (1 + (cfg.kl_to == "start" != cfg.ref)) + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G)))
+        scored = both["ref"] * (1 + (cfg.kl_to == "start" != cfg.ref)) + both["train"] * (
+            1 + (cfg.clip_range > 0) + (cfg.micro_batch < G))          # passes for each of them
+        run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * scored
         run.count["backwards"] += seen * both["train"]
         loss, kl, dsm = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
