@@ -94,7 +94,7 @@ def model(runs=MODEL_RUNS, extra=()):
     """Print seconds of a step (24 images rolled out, scored by a constant, trained on) and the peak memory of each run.
 
     Every run is the script itself on random weights (--init random), in a process of its own; its second step counts.
-    extra: more flags. Returns rows (script, model, GB, seconds, images a second, GB at the peak), None where one failed.
+    extra: more flags. Returns rows (script, model, GB, seconds, images a second, peak GB), None where one failed.
     """
     root, rows = pathlib.Path(__file__).resolve().parent.parent, []
     print(f"{'script':8}{'model':8}{'--gpu-memory':>13}{'s a step':>10}{'images/s':>10}{'peak GB':>9}", flush=True)

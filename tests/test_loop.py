@@ -437,8 +437,11 @@ def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
 def test_grpo_refuses_ratios_that_are_off(flags, monkeypatch, capsys):
     """Log-probs that the same weights do not give again: the run must not start to learn from them."""
     honest = grpo.rollout
-    monkeypatch.setattr(grpo, "rollout", lambda *args: (lambda x, logp: (x, {i: v + 1e-3 for i, v in logp.items()}))
-                        (*honest(*args)))
+
+    def off(*args):
+        x, logp, clean = honest(*args)
+        return x, {i: v + 1e-3 for i, v in logp.items()}, clean
+    monkeypatch.setattr(grpo, "rollout", off)
     with pytest.raises(SystemExit) as end:
         grpo.main(flags())
     err = capsys.readouterr().err
