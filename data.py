@@ -1030,7 +1030,8 @@ def cli(config, presets, argv=None, defaults=None):
     under = (defaults or {}).get(given.get("method") or values.get("method") or config.method, {})
     values = {**under, **values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
-        plan = models.memory_plan(family, values["gpu_memory"], values.get("lora_rank", config.lora_rank))
+        now = {name: values.get(name, getattr(config, name)) for name in ("lora_rank", "cfg_train", "fsdp")}
+        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"])
         values = {**values, **plan, **given}
     return config(**values)
 
@@ -1067,6 +1068,8 @@ def check_common(cfg):
     choose("init", cfg.init, ("", "random"))
     if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
         raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
+    if cfg.fsdp and cfg.compile:
+        raise ValueError("--fsdp and --compile together are untested: choose one of them")
     if cfg.merge_lora and cfg.compile and cfg.lora_rank:
         raise ValueError("--merge-lora (on in dgpo.py's public presets) changes the layers that --compile has "
                          "compiled: try --no-merge-lora")
@@ -1146,7 +1149,7 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
         if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
         self.stopping, self.norms = False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
@@ -1161,9 +1164,11 @@ class Run:
         self.say(f"python {' '.join(sys.argv)}\n{method} on {self.world} x {self.device.type}, out: {self.out}")
 
     def _stop(self, *_):
+        if self.stopping and time.time() - self.stopping < 1:         # torchrun passes on what the terminal sent, too
+            return
         if self.stopping:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.stopping = time.time()
         self.say("\nstopping after this step; a second Ctrl-C stops at once")
 
     def _open(self, method):

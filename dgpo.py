@@ -221,17 +221,22 @@ def best_and_worst(adv, group_size):
 # ============================================================================================================ sampler
 
 # == same: sampler (dgpo grpo slas) ==
-def guided(net, x, t, ctx, null, scale):
+def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for "". Returns the velocity or noise in float32, or float64 for a float64 network.
+    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
+    float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
     t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
     if scale == 1:
         return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
+    if detach:
+        with torch.no_grad():
+            uncond = net(x.to(dtype), t, *(n.expand_as(c) for n, c in zip(null, ctx))).to(wide)
+        return ops.cfg_combine(uncond, net(x.to(dtype), t, *ctx).to(wide), scale)
     both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
     uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), *both).to(wide).chunk(2)
     return ops.cfg_combine(uncond, cond, scale)
@@ -416,6 +421,9 @@ def train(cfg):
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
              if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]
+    if pipe.ddpm and cfg.sde and cfg.noise_level > 1:
+        raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
+                         f"more has no mean; try 1")
     if pipe.ddpm and cfg.dsm == "elbo":
         raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once

@@ -65,6 +65,7 @@ class Config:
     adv_std: str = "group"              # (1): group (paper), batch (released code) or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
+    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass       [released code: so]
     cfg_ref: float = 1.0                # of the reference in the KL
     cfg_eval: float = 1.0               # of evaluation
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
@@ -119,13 +120,14 @@ class Config:
 
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
-            cfg_rollout=4.5, cfg_train=4.5, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04, ema_every=8,
+            cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
+            ema_every=8,
             minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
-        "groups": 8, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: a prompt a GPU, 60 % of steps
+        "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
         "clean_final": True,
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
@@ -183,17 +185,22 @@ def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
 # ============================================================================================================ sampler
 
 # == same: sampler (dgpo grpo slas) ==
-def guided(net, x, t, ctx, null, scale):
+def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for "". Returns the velocity or noise in float32, or float64 for a float64 network.
+    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
+    float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
     t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
     if scale == 1:
         return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
+    if detach:
+        with torch.no_grad():
+            uncond = net(x.to(dtype), t, *(n.expand_as(c) for n, c in zip(null, ctx))).to(wide)
+        return ops.cfg_combine(uncond, net(x.to(dtype), t, *ctx).to(wide), scale)
     both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
     uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), *both).to(wide).chunk(2)
     return ops.cfg_combine(uncond, cond, scale)
@@ -380,6 +387,9 @@ def train(cfg):
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     kind = sde_kind(pipe, cfg)
+    if pipe.ddpm and cfg.noise_level > 1:
+        raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
+                         f"more has no mean; try 1")
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
@@ -402,7 +412,7 @@ def train(cfg):
 
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
-        v = guided(net, x[i], ts[i], part, null, scale)                                    # (n, C, H, W)
+        v = guided(net, x[i], ts[i], part, null, scale, cfg.cfg_detach and torch.is_grad_enabled())   # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 

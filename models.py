@@ -1634,13 +1634,13 @@ class RandomText:
         self.pipe, self.lengths = pipe, lengths
 
     def __call__(self, prompts):
-        config, p = self.pipe.net.config, next(self.pipe.net.parameters())
+        config = self.pipe.net.config
         names = ("joint_attention_dim", "cross_attention_dim", "clip_dim")
         width = next(config[name] for name in names if name in config)
         shapes = [(self.lengths, width)] + [(config[name],) for name in ("pooled_projection_dim",) if name in config]
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
         return tuple(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-                     .to(p.device, compute_dtype(self.pipe.net)) for shape in shapes)
+                     .to(compute_dtype(self.pipe.net)) for shape in shapes)
 
 
 def check_widths(pipe, directory):
@@ -2051,11 +2051,15 @@ MEMORY = {                # family -> GB of one GPU -> images at once in trainin
     "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)}}
 
 
-def memory_plan(family, gigabytes, lora_rank):
+FULL = {"sd3": 54, "flux": 286, "sd14": 21}     # GB of all weights in training: 24 bytes each, moments and averages too
+
+
+def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False):
     """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
 
-    For a LoRA at 512 px; full fine-tuning takes a quarter of the images and always checkpoints. Estimates: the weights,
-    and the activations that a block keeps. Raises ValueError with what would fit.
+    For a LoRA at 512 px; guided, with guidance in training, half as many images; full fine-tuning (lora_rank 0) a
+    quarter, always with checkpointing. Estimates: the weights, and the activations that a block keeps. Raises
+    ValueError with what would fit.
     """
     plans = MEMORY.get(family, {})
     if gigabytes not in (24, 48, 80, 141):
@@ -2064,8 +2068,12 @@ def memory_plan(family, gigabytes, lora_rank):
         fits = f"it wants --gpu-memory {min(plans)}" if plans else "known are sd35m, flux, sd14 and their directories"
         raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
     images, checkpointing = plans[gigabytes]
+    if not lora_rank and not fsdp and FULL[family] > 0.9 * gigabytes:
+        raise ValueError(f"--gpu-memory {gigabytes}: all weights of this model, their moments and averages take about "
+                         f"{FULL[family]} GB: --lora-rank 64, or torchrun and --fsdp")
     if not lora_rank:
-        images, checkpointing = max(1, images // 4), True
+        images, checkpointing = images // 4, True
+    images = max(1, images // 2 if guided else images)
     return {"micro_batch": images, "checkpointing": checkpointing, "offload": gigabytes == 24}
 
 

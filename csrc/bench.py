@@ -87,7 +87,7 @@ def measure_cuda(f, sets, pick, calls=100):
 
 # script, model, one GPU's GB: LoRA at 512 px, the settings of --preset official but for one group of 24 (flux: 12)
 MODEL_RUNS = [("dgpo", "sd35m", 24), ("dgpo", "sd35m", 80), ("dgpo", "sd35m", 141), ("grpo", "sd35m", 24),
-              ("grpo", "sd35m", 141), ("dgpo", "flux", 48), ("dgpo", "flux", 141), ("grpo", "flux", 48)]
+              ("grpo", "sd35m", 80), ("dgpo", "flux", 48), ("dgpo", "flux", 141), ("grpo", "flux", 48)]
 
 
 def model(runs=MODEL_RUNS, extra=()):

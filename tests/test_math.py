@@ -363,3 +363,11 @@ def test_guided(dtype):
     close(dgpo.guided(net, x, .5, ctx, null, 0.0), uncond, 1e-6)
     got.sum().backward()
     assert net.one.grad is not None                                    # both passes are trained
+    both, net.one.grad = net.one.grad, None
+    half = dgpo.guided(net, x, t, ctx, null, 4.5, detach=True)         # the conditional one alone: 4.5 times its own
+    half.sum().backward()
+    trained, net.one.grad = net.one.grad, None
+    dgpo.guided(net, x, t, ctx, null, 1).sum().backward()
+    close(half, got, 1e-5)
+    close(trained, 4.5 * net.one.grad.double(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert not torch.equal(trained, both)

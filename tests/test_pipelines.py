@@ -733,13 +733,17 @@ def test_memory_plan():
         for plan, gigabytes in zip(seen, sorted(plans)):
             assert plan.keys() == {"micro_batch", "checkpointing", "offload"} and plan["micro_batch"] >= 1
             assert plan["offload"] == (gigabytes == 24)
-            full = models.memory_plan(family, gigabytes, 0)
+            full = models.memory_plan(family, gigabytes, 0, fsdp=True)
             assert full["checkpointing"] and 1 <= full["micro_batch"] == max(1, plan["micro_batch"] // 4)
+            half = models.memory_plan(family, gigabytes, 32, guided=True)
+            assert half == {**plan, "micro_batch": plan["micro_batch"] // 2}
         for a, b in zip(seen, seen[1:]):                               # fewer images only where checkpointing ends
             assert b["micro_batch"] >= a["micro_batch"] or a["checkpointing"] and not b["checkpointing"]
     for number in (-80, 16, 40, 100):
         with pytest.raises(ValueError, match=f"--gpu-memory {number}: 24, 48, 80 or 141"):
             models.memory_plan("sd3", number, 32)
+    with pytest.raises(ValueError, match="--gpu-memory 48: .* 54 GB: --lora-rank 64, or torchrun and --fsdp"):
+        models.memory_plan("sd3", 48, 0)
     with pytest.raises(ValueError, match="--gpu-memory 24: .* wants --gpu-memory 48"):
         models.memory_plan("flux", 24, 32)
     with pytest.raises(ValueError, match="--gpu-memory 80: .* known are sd35m, flux, sd14"):
@@ -751,7 +755,7 @@ def test_gpu_memory_stands_between_the_preset_and_the_flags(module, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name, gigabytes in (("sd35m", 24), ("sd35m", 80), ("sd14", 24), ("flux", 141)):
         cfg = cli(module, "--model", name, "--gpu-memory", gigabytes)
-        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank)
+        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, cfg.cfg_train != 1, cfg.fsdp)
         assert {key: getattr(cfg, key) for key in plan} == plan and cfg.gpu_memory == gigabytes
     cfg = cli(module, "--model", "sd35m", "--gpu-memory", 24, "--micro-batch", 3, "--no-checkpointing", "--no-offload")
     assert (cfg.micro_batch, cfg.checkpointing, cfg.offload) == (3, False, False)
