@@ -1390,8 +1390,11 @@ def check_ratio(run, differences, stop=True):
 
 
 def rate(cfg, updates):
-    """The learning rate after so many updates: cfg.lr for lr_hold of them, then lr * lr_hold / updates; 0: constant."""
-    return cfg.lr * min(1.0, cfg.lr_hold / max(updates, 1)) if cfg.lr_hold else cfg.lr
+    """The learning rate after so many updates: cfg.lr for lr_hold of them, then lr (lr_hold / updates)^2; 0: constant.
+
+    The sum over a run of any length is at most that of 2 lr_hold updates at the full rate: what drifts, comes to rest.
+    """
+    return cfg.lr * min(1.0, cfg.lr_hold / max(updates, 1)) ** 2 if cfg.lr_hold else cfg.lr
 
 
 def groups(metas, n, group_size, *key):

@@ -80,7 +80,7 @@ class Config:
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
-    lr_hold: int = 200                  # updates at this rate, which then falls as lr_hold / updates; 0: constant
+    lr_hold: int = 200                  # updates at this rate, which then falls as (lr_hold / updates)^2; 0: constant
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once; rollouts take whole groups

@@ -87,7 +87,7 @@ class Config:
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
     lr: float = 1e-4                    # AdamW; in training 2e-3 for tiny                         [paper: 8e-5]
-    lr_hold: int = 0                    # updates at this rate, which then falls as lr_hold / updates; 0: constant
+    lr_hold: int = 0                    # updates at this rate, which then falls as (lr_hold / updates)^2; 0: constant
     weight_decay: float = 1e-4          # AdamW
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once; rollouts take whole groups
