@@ -430,7 +430,7 @@ OBJECTS = (   # COCO's 80 classes in COCO's order; the benchmark calls three of 
 UNSEEN = (    # Flow-GRPO's twenty held-out classes                     [released data, geneval_unseen_objects]
     "car,traffic light,fire hydrant,dog,elephant,umbrella,frisbee,skis,baseball bat,skateboard,wine glass,cup,bowl,"
     "apple,bed,toilet,microwave,book,clock,toothbrush").split(",")
-HUES = "red orange yellow green blue purple pink brown black white".split()
+PAINTS = "red orange yellow green blue purple pink brown black white".split()
 TASK_WEIGHTS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}     # [Flow-GRPO, training]
 TRAIN_ROWS, VAL_DRAWS = 50_000, 32            # rows of the training set [Flow-GRPO]; draws a task for validation [ours]
 OFFICIAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"    # sha256 of evaluation_metadata.jsonl
@@ -455,9 +455,9 @@ def geneval_meta(task, names, rng):
         return _meta(task, [(b, 1, None), (a, 1, None)], f"{_an(a)} {relation} {_an(b)}", relation)
     names = [name for name in names if name != "person"]                 # no coloured people
     if task == "colors":
-        noun, hue = names[draw(names)], HUES[draw(HUES)]
+        noun, hue = names[draw(names)], PAINTS[draw(PAINTS)]
         return _meta(task, [(noun, 1, hue)], f"{_an(hue)} {noun}")
-    (a, b), (c, d) = (names[i] for i in draw(names, 2)), (HUES[i] for i in draw(HUES, 2))
+    (a, b), (c, d) = (names[i] for i in draw(names, 2)), (PAINTS[i] for i in draw(PAINTS, 2))
     return _meta(task, [(a, 1, c), (b, 1, d)], f"{_an(c)} {a} and {_an(d)} {b}")
 
 
