@@ -161,6 +161,11 @@ def _scenes():
     return scenes
 
 
+def _known(split):
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"unknown split {split!r}: train, val or test")
+
+
 def world_prompts(split):
     """The tiny world's prompts as metas: {"tag", "include": [{"class", "count", "color", "position"}], "prompt"}.
 
@@ -172,8 +177,7 @@ def world_prompts(split):
         val                 8           4         2       6        24         312    356
         test                8          12         5      13        44         628    710
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"unknown split {split!r}: train, val or test")
+    _known(split)
     metas = []
     for task, scenes in _scenes().items():
         order = random.Random(f"split {task}").sample(scenes, len(scenes))
@@ -376,8 +380,7 @@ def prompts(spec, split):
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"unknown split {split!r}: train, val or test")
+    _known(split)
     made = {"shapes": world_prompts, "geneval": geneval_prompts, "ocr": ocr_prompts,
             "geneval-unseen": functools.partial(geneval_prompts, unseen=True)}
     if spec in made:
@@ -453,7 +456,7 @@ def geneval_meta(task, names, rng):
             return _meta(task, [(a, 1, None), (b, 1, None)], f"{_an(a)} and {_an(b)}")
         relation = list(RELATIONS)[draw(RELATIONS)]
         return _meta(task, [(b, 1, None), (a, 1, None)], f"{_an(a)} {relation} {_an(b)}", relation)
-    names = [name for name in names if name != "person"]                 # no coloured people
+    names = [name for name in names if name != "person"]        # nobody is asked for in a colour
     if task == "colors":
         noun, hue = names[draw(names)], PAINTS[draw(PAINTS)]
         return _meta(task, [(noun, 1, hue)], f"{_an(hue)} {noun}")
@@ -478,19 +481,20 @@ def geneval_prompts(split, unseen=False, seed=0):
     keeps in draw_prompts; counting and colors are small, so their rows repeat. val: what training never sees either.
     No prompt is in two splits, word for word: as in the released data, "a cat and a dog" may be in one and "a dog and
     a cat" in another. single_object is in the test split only, as there.
-    unseen: train and val are about 60 classes, test about the 20 others. The classes are Flow-GRPO's; the draw is ours.
-    Raises RuntimeError where numpy's generator no longer draws the official list.
+    unseen: train and val are about 60 classes, test about the 20 others, 246 prompts. The classes are Flow-GRPO's, the
+    draw is ours. Raises RuntimeError where numpy's generator no longer draws the official list.
     """
+    _known(split)
     seen = [name for name in OBJECTS if not unseen or name not in UNSEEN]
     test = geneval_suite(UNSEEN, 50, 43) if unseen else geneval_suite(OBJECTS, 100, 43)
-    digest = hashlib.sha256("".join(json.dumps(meta) + "\n" for meta in test).encode()).hexdigest()
-    if not unseen and digest != OFFICIAL:
+    lines = "".join(json.dumps(meta) + "\n" for meta in test)
+    if not unseen and hashlib.sha256(lines.encode()).hexdigest() != OFFICIAL:
         raise RuntimeError(f"numpy {np.__version__} draws other prompts than GenEval's 553; numpy 2.4 draws them")
     if split == "test":
         return test
     held = {meta["prompt"] for meta in test}
-    val = [meta for meta in geneval_suite(seen, VAL_DRAWS, 44) if meta["prompt"] not in held]
-    val = [meta for meta in val if meta["tag"] in TASK_WEIGHTS]
+    val = [meta for meta in geneval_suite(seen, VAL_DRAWS, 44)
+           if meta["tag"] in TASK_WEIGHTS and meta["prompt"] not in held]
     if split == "val":
         return val
     held |= {meta["prompt"] for meta in val}
@@ -502,8 +506,7 @@ def geneval_prompts(split, unseen=False, seed=0):
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-# Prompts that ask for text. The papers' own list, some 20,000 that a language model wrote, is a file that we do not
-# have: bring it as a .txt. Ours has plainer scenes, and texts of one to five words.
+# Prompts that ask for a text of one to five words: a scene, a way of saying it, a text.
 
 SCENES = (
     "a wooden sign at a trailhead", "a neon sign above a bar", "a chalkboard outside a cafe", "a red street sign",
@@ -523,8 +526,10 @@ def ocr_prompts(split):
     """Prompts that ask for a text, as metas: {"prompt", which holds the text between double quotes, "text"}.
 
     split: "train" (27,000 rows: every scene with every text), "val" (840) or "test" (840). A text is a name put into
-    one of TEXTS; no name is in two splits, so that no text is. Scenes are shared. The words are ours, see above.
+    one of TEXTS; no name is in two splits, so that no text is. Scenes are shared. The words are our own: the papers'
+    list of some 20,000, written by a language model, is a file that we do not have. Bring it as a .txt.
     """
+    _known(split)
     names = [*FIRST, *SECOND, *(f"{a} {b}" for a in FIRST for b in SECOND)]
     random.Random("split ocr").shuffle(names)
     names = {"train": names[14:], "val": names[:7], "test": names[7:14]}[split]

@@ -63,6 +63,12 @@ def test_training_prompts(spec, val, test):
     assert all(abs(drawn[task] / 6000 - weight / 17) < .02 for task, weight in data.TASK_WEIGHTS.items())
 
 
+def test_an_unknown_split_is_refused():
+    for make in (data.geneval_prompts, data.ocr_prompts):
+        with pytest.raises(ValueError, match="unknown split 'dev'"):
+            make("dev")
+
+
 def test_ocr_prompts():
     metas = {split: data.prompts("ocr", split) for split in SPLITS}
     assert metas["train"] == data.prompts("ocr", "train")
