@@ -36,6 +36,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -160,6 +161,11 @@ def _scenes():
     return scenes
 
 
+def _known(split):
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"unknown split {split!r}: train, val or test")
+
+
 def world_prompts(split):
     """The tiny world's prompts as metas: {"tag", "include": [{"class", "count", "color", "position"}], "prompt"}.
 
@@ -171,8 +177,7 @@ def world_prompts(split):
         val                 8           4         2       6        24         312    356
         test                8          12         5      13        44         628    710
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"unknown split {split!r}: train, val or test")
+    _known(split)
     metas = []
     for task, scenes in _scenes().items():
         order = random.Random(f"split {task}").sample(scenes, len(scenes))
@@ -183,11 +188,14 @@ def world_prompts(split):
 
 
 def draw_prompts(metas, n, seed):
-    """n metas, each of a task (its "tag") drawn uniformly, then of that task's rows uniformly; a function of seed."""
+    """n metas, each of a task (its "tag") drawn uniformly, then of that task's rows uniformly; a function of seed.
+
+    A task whose rows carry an integer "weight" is drawn that many times as often as one whose rows carry none.
+    """
     rng, by_tag = random.Random(f"draw {seed}"), {}
     for meta in metas:
         by_tag.setdefault(meta.get("tag"), []).append(meta)
-    tasks = list(by_tag.values())
+    tasks = [rows for rows in by_tag.values() for _ in range(rows[0].get("weight", 1))]
     return [rng.choice(rng.choice(tasks)) for _ in range(n)]
 
 
@@ -366,20 +374,20 @@ def contact_sheet(columns=6, seed=0, size=32, scale=4):
 def prompts(spec, split):
     """The prompts of a run, list[dict] with at least "prompt"; the other keys are what a verifier needs.
 
-    spec: "shapes" (the tiny world), or a file: .txt (one a line), .jsonl, .json (a list of strings or of objects) or
-    .csv (with a "prompt" column). A file's rows are the same for every split.
+    spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
+    .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column). A file's rows
+    are the same for every split.
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"unknown split {split!r}: train, val or test")
-    if spec == "shapes":
-        return world_prompts(split)
-    if spec in ("geneval", "ocr"):
-        raise ValueError(f"prompts {spec!r} are not there yet; use shapes or a .txt, .jsonl, .json or .csv file")
+    _known(split)
+    made = {"shapes": world_prompts, "geneval": geneval_prompts, "ocr": ocr_prompts,
+            "geneval-unseen": functools.partial(geneval_prompts, unseen=True)}
+    if spec in made:
+        return made[spec](split)
     path = pathlib.Path(spec)
     if path.suffix not in (".txt", ".jsonl", ".json", ".csv"):
-        raise ValueError(f"unknown prompts {str(spec)!r}: shapes, or a .txt, .jsonl, .json or .csv file")
+        raise ValueError(f"unknown prompts {str(spec)!r}: {', '.join(made)}, or a .txt, .jsonl, .json or .csv file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -410,6 +418,125 @@ def _rows(suffix, text):
     if suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
     return json.loads(text) if lines else []
+
+
+# GenEval's prompts (Ghosh et al., arXiv:2310.11513). The benchmark is a list of 553 that a seeded program wrote; here
+# it is written anew, draw for draw, and compared with the published file's hash.
+
+OBJECTS = (   # COCO's 80 classes in COCO's order; the benchmark calls three of them by a longer name, e.g. "tv remote"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
+UNSEEN = (    # Flow-GRPO's twenty held-out classes                     [released data, geneval_unseen_objects]
+    "car,traffic light,fire hydrant,dog,elephant,umbrella,frisbee,skis,baseball bat,skateboard,wine glass,cup,bowl,"
+    "apple,bed,toilet,microwave,book,clock,toothbrush").split(",")
+PAINTS = "red orange yellow green blue purple pink brown black white".split()
+TASK_WEIGHTS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}     # [Flow-GRPO, training]
+TRAIN_ROWS, VAL_DRAWS = 50_000, 32            # rows of the training set [Flow-GRPO]; draws a task for validation [ours]
+OFFICIAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"    # sha256 of evaluation_metadata.jsonl
+
+
+def geneval_meta(task, names, rng):
+    """One GenEval prompt of a task (any but single_object) about the classes in names, as its meta dict.
+
+    rng: a numpy Generator. Which draws are made, and in which order, is what makes the benchmark come out again.
+    """
+    def draw(options, size=None):
+        return rng.choice(len(options), size=size, replace=size is None)
+
+    if task == "counting":
+        noun, n = names[draw(names)], int(rng.integers(2, 4, endpoint=True))
+        return _meta(task, [(noun, n, None)], f"{NUMBERS[n]} {_plural(noun)}")
+    if task in ("two_object", "position"):
+        a, b = (names[i] for i in draw(names, 2))
+        if task == "two_object":
+            return _meta(task, [(a, 1, None), (b, 1, None)], f"{_an(a)} and {_an(b)}")
+        relation = list(RELATIONS)[draw(RELATIONS)]
+        return _meta(task, [(b, 1, None), (a, 1, None)], f"{_an(a)} {relation} {_an(b)}", relation)
+    names = [name for name in names if name != "person"]        # nobody is asked for in a colour
+    if task == "colors":
+        noun, hue = names[draw(names)], PAINTS[draw(PAINTS)]
+        return _meta(task, [(noun, 1, hue)], f"{_an(hue)} {noun}")
+    (a, b), (c, d) = (names[i] for i in draw(names, 2)), (PAINTS[i] for i in draw(PAINTS, 2))
+    return _meta(task, [(a, 1, c), (b, 1, d)], f"{_an(c)} {a} and {_an(d)} {b}")
+
+
+def geneval_suite(names, n, seed):
+    """A benchmark like GenEval's: each class alone once, then n draws a task, without those whose prompt is there."""
+    rng = np.random.default_rng(seed)
+    metas = [_meta("single_object", [(names[i], 1, None)], _an(names[i]))
+             for i in rng.choice(len(names), size=len(names), replace=False)]
+    metas += [geneval_meta(task, names, rng) for task in TASKS[1:] for _ in range(n)]
+    return list({meta["prompt"]: meta for meta in metas}.values())
+
+
+def geneval_prompts(split, unseen=False, seed=0):
+    """GenEval's prompts as metas: {"tag", "include": [{"class", "count", "color", "position"}], "exclude", "prompt"}.
+
+    test: the official 553, in their order: 80 single_object, 99 two_object, 80 counting, 94 colors, 100 position and
+    100 color_attr. train: 50,000 rows made from seed, five tasks in Flow-GRPO's proportions, which their "weight"
+    keeps in draw_prompts; counting and colors are small, so their rows repeat. val: what training never sees either.
+    No prompt is in two splits, word for word: as in the released data, "a cat and a dog" may be in one and "a dog and
+    a cat" in another. single_object is in the test split only, as there.
+    unseen: train and val are about 60 classes, test about the 20 others, 246 prompts. The classes are Flow-GRPO's, the
+    draw is ours. Raises RuntimeError where numpy's generator no longer draws the official list.
+    """
+    _known(split)
+    seen = [name for name in OBJECTS if not unseen or name not in UNSEEN]
+    test = geneval_suite(UNSEEN, 50, 43) if unseen else geneval_suite(OBJECTS, 100, 43)
+    lines = "".join(json.dumps(meta) + "\n" for meta in test)
+    if not unseen and hashlib.sha256(lines.encode()).hexdigest() != OFFICIAL:
+        raise RuntimeError(f"numpy {np.__version__} draws other prompts than GenEval's 553; numpy 2.4 draws them")
+    if split == "test":
+        return test
+    held = {meta["prompt"] for meta in test}
+    val = [meta for meta in geneval_suite(seen, VAL_DRAWS, 44)
+           if meta["tag"] in TASK_WEIGHTS and meta["prompt"] not in held]
+    if split == "val":
+        return val
+    held |= {meta["prompt"] for meta in val}
+    rng, rows, total = np.random.default_rng((45, seed)), [], sum(TASK_WEIGHTS.values())
+    for task, weight in TASK_WEIGHTS.items():
+        drawn = (geneval_meta(task, seen, rng) for _ in itertools.count())
+        kept = ({**meta, "weight": weight} for meta in drawn if meta["prompt"] not in held)
+        rows += itertools.islice(kept, round(TRAIN_ROWS * weight / total))
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+# Prompts that ask for a text of one to five words: a scene, a way of saying it, a text.
+
+SCENES = (
+    "a wooden sign at a trailhead", "a neon sign above a bar", "a chalkboard outside a cafe", "a red street sign",
+    "a poster on a brick wall", "the cover of an old book", "a banner over a market street", "a label on a glass jar",
+    "a license plate on a blue car", "a white t-shirt on a hanger", "a birthday cake with icing letters",
+    "a newspaper on a kitchen table", "a road sign in the desert", "a robot holding a cardboard sign",
+    "a cat wearing a name tag", "a ticket in a gloved hand", "graffiti on a concrete bridge", "a shop window at night",
+    "a bottle label on a bar counter", "a billboard beside a highway", "a coffee mug on a desk",
+    "a flag on a sailing boat", "a phone screen in the dark", "a gravestone in the fog")
+SAYINGS = ('{}, it says "{}"', '{} that reads "{}"', '{} with the words "{}"')
+FIRST = "Happy Silent Golden Fresh Lost Secret Royal Electric Hidden Gentle Broken Lucky Northern Wild Final".split()
+SECOND = "Garden Coffee Harbor Market Station Dreams River Kitchen Library Summer Machine Planet Theater Bakery".split()
+TEXTS = ("{}", "The {}", "Welcome to {}", "{} Since 1985", "No {} Today")
+
+
+def ocr_prompts(split):
+    """Prompts that ask for a text, as metas: {"prompt", which holds the text between double quotes, "text"}.
+
+    split: "train" (27,000 rows: every scene with every text), "val" (840) or "test" (840). A text is a name put into
+    one of TEXTS; no name is in two splits, so that no text is. Scenes are shared. The words are our own: the papers'
+    list of some 20,000, written by a language model, is a file that we do not have. Bring it as a .txt.
+    """
+    _known(split)
+    names = [*FIRST, *SECOND, *(f"{a} {b}" for a in FIRST for b in SECOND)]
+    random.Random("split ocr").shuffle(names)
+    names = {"train": names[14:], "val": names[:7], "test": names[7:14]}[split]
+    pairs, rng = list(itertools.product(SCENES, TEXTS, names)), random.Random(f"ocr {split}")
+    rng.shuffle(pairs)
+    rows = [(scene, text.format(name)) for scene, text, name in pairs]
+    return [{"prompt": rng.choice(SAYINGS).format(scene, text), "text": text} for scene, text in rows]
 
 
 # =====================================================================================================================

@@ -38,7 +38,7 @@ class Config:
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
-    prompts: str = "shapes"             # shapes, or a .txt, .jsonl, .json or .csv file
+    prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # T, network evaluations of a rollout                      [paper, Sec. 5.1]

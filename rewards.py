@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 import sys
 
 import numpy as np
@@ -66,6 +67,8 @@ def _is_number(text):
 def _load_one(name, weights, device):
     if name in REWARDS:
         return REWARDS[name](weights, device)
+    if name in ENGINES:
+        raise ValueError(f"reward {name!r}: its engine, {ENGINES[name]}, is not there yet; bring a function in a file")
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"unknown reward {name!r}: {', '.join(REWARDS)}, or path/to/file.py:function")
@@ -399,12 +402,156 @@ def _shapes(pick):
 
 
 # =====================================================================================================================
+# GenEval and OCR: from what an engine has found in an image to its score
+# =====================================================================================================================
+# Pure functions of detections and of texts. The engines, a detector with a classifier of colours and a reader, are not
+# there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470, whose rewards DGPO uses.
+
+def relations(a, b, margin=.1):
+    """Where box a lies, seen from box b: the names of data.RELATIONS that hold, at most two of them.
+
+    a, b: (x0, y0, x1, y1), y down. With o the step from b's centre to a's and s the sum of both sizes, a direction e
+    holds if e . sign(o) max(|o| - margin s, 0) > |o| / 2: clearly beyond the other, and not at too steep an angle.
+    """
+    a, b = (np.asarray(box, dtype=float).reshape(2, 2) for box in (a, b))                  # [corner, axis]
+    step = a.mean(0) - b.mean(0)
+    beyond = np.sign(step) * np.maximum(np.abs(step) - margin * (np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])), 0)
+    if (np.abs(beyond) < 1e-3).all():
+        return set()
+    return {name for name, e in data.RELATIONS.items() if beyond @ e / np.linalg.norm(step) > .5}
+
+
+def score_detections(detections, meta, threshold=.3, counting_threshold=.9, most=16, margin=.1, clip_negative=False,
+                     position_quirk=True):
+    """Score what a detector found in one image against a GenEval meta, by the benchmark's rule and by both rewards.
+
+    detections: dicts {"class", "score" in [0, 1], "box": (x0, y0, x1, y1), "color": what a classifier called it; needed
+    only where the meta asks for a colour}, in any order. Those that score above the threshold count, the `most` best
+    of a class. meta: a dict of data.geneval_prompts. Returns a dict of floats:
+        correct   1 or 0, the benchmark: of every class at least as many as asked for, the best of them in the right
+                  colour and place, and none of what meta["exclude"] forbids
+        strict    1 or 0, Flow-GRPO's strict reward: the same with exactly as many as asked for; "exclude" is not read
+        score     <= 1, the continuous reward that Flow-GRPO and DGPO train with: the mean of these terms of each clause
+                      1 - |asked - found| / asked      far below 0 for a crowd: -14 for 16 where 1 was asked for
+                      (share in the right colour)      if a colour is asked for; 0 if the number is wrong
+                      (1 if in its place, else 0)      if a place is asked for, unless the colour is wrong; 0 if the
+                                                       number is wrong, once with the colour's
+    clip_negative: no term below 0 (not so in the released code). position_quirk: the released code adds a 1 after the 0
+    of a wrong place, so that it costs half as much. Raises ValueError for a meta that cannot be checked.
+    Source: geneval's evaluate_images.py and the reward server of Flow-GRPO; tests/test_geneval.py has a table.
+    """
+    limit = counting_threshold if meta.get("tag") == "counting" else threshold
+    found = {}
+    for d in sorted(detections, key=lambda d: -d["score"]):
+        if d["score"] > limit and len(found.setdefault(d["class"], [])) < most:
+            found[d["class"]].append(d)
+
+    def colored(some, need):
+        if missing := [d for d in some if "color" not in d]:
+            raise ValueError(f"{need['color']!r} is asked for, but this {need['class']} has no colour: {missing[0]}")
+        return sum(d["color"] == need["color"] for d in some)
+
+    def placed(some, others, relation):
+        return others is not None and all(relation in relations(a["box"], b["box"], margin)
+                                          for a in some for b in others)
+
+    terms, exact, enough = [], [], []             # of each clause, the objects that meet it, else None
+    for need in _clauses(meta):
+        every, asked = found.get(need["class"], []), need["count"]
+        relation, target = need.get("position", (None, None))
+
+        # The benchmark's rule: the best ones, as many as asked for.
+        best = every[:asked]
+        right = len(best) == asked and ("color" not in need or colored(best, need) == asked)
+        right = right and (not relation or placed(best, enough[target], relation))
+        enough.append(best if right else None)
+
+        # The rewards': all of them.
+        right = len(every) == asked
+        terms.append(1 - abs(asked - len(every)) / asked)
+        if not right and ("color" in need or relation):
+            terms.append(0)
+        if right and "color" in need:
+            terms.append(colored(every, need) / asked)
+            right = terms[-1] == 1
+        if right and relation:
+            right = placed(every, exact[target], relation)
+            terms += [1] if right else [0, 1] if position_quirk and exact[target] is not None else [0]
+        exact.append(every if right else None)
+
+    spared = all(len(found.get(no["class"], [])) < no["count"] for no in meta.get("exclude", []))
+    terms = [max(term, 0) for term in terms] if clip_negative else terms
+    return {"correct": float(None not in enough and spared), "strict": float(None not in exact),
+            "score": sum(terms) / len(terms)}
+
+
+def _clauses(meta):
+    """meta["include"], checked: ValueError for what GenEval's rules cannot read."""
+    try:
+        for i, need in enumerate(meta["include"]):
+            relation, target = need.get("position", ("above", 0))
+            if not (isinstance(need["class"], str) and isinstance(need["count"], int) and need["count"] >= 1
+                    and need.get("color", "red") in data.PAINTS and relation in data.RELATIONS
+                    and ("position" not in need or 0 <= target < i)):
+                raise ValueError
+        if meta["include"]:
+            return meta["include"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"GenEval's rules cannot check {str(meta)[:200]}")
+
+
+def geneval_summary(rows):
+    """The benchmark's figures from rows {"tag", "prompt", "correct"}, one an image, as its own script prints them.
+
+    Returns a dict of floats: each tag's share of right images, in the rows' order; "overall", the mean over tags, which
+    is GenEval's score (four images a prompt), not the mean over images; "correct_images"; and "correct_prompts", the
+    share of prompts with at least one right image. Raises ValueError where there are no rows.
+    """
+    if not rows:
+        raise ValueError("GenEval's summary needs at least one image")
+    tags, prompts = {}, {}
+    for row in rows:
+        tags.setdefault(row["tag"], []).append(bool(row["correct"]))
+        prompts[row["prompt"]] = prompts.get(row["prompt"], False) or bool(row["correct"])
+    share = {tag: statistics.fmean(right) for tag, right in tags.items()}
+    return {**share, "overall": statistics.fmean(share.values()),
+            "correct_images": statistics.fmean(right for some in tags.values() for right in some),
+            "correct_prompts": statistics.fmean(prompts.values())}
+
+
+def levenshtein(a, b):
+    """The least number of single characters to insert, delete or replace that turns string a into b."""
+    row = list(range(len(b) + 1))                                      # from a[:i] to every b[:j]
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def ocr_score(text, target):
+    """How much of the target can be read in an image: max(1 - distance / len(target), 0), Flow-GRPO's OCR reward.
+
+    text: what a reader found, its lines joined without a space; target: what the prompt put between double quotes, at
+    least one character (else ValueError). Spaces and case do not count. A text that holds the target scores 1, whatever
+    else it holds; apart from that, surplus text costs as much as missing text. Returns a float in [0, 1].
+    """
+    text, target = (s.replace(" ", "").lower() for s in (text, target))
+    if not target:
+        raise ValueError("the OCR reward needs a text to look for: put it into the prompt, between double quotes")
+    return 1.0 if target in text else max(1 - levenshtein(text, target) / len(target), 0.0)
+
+
+# =====================================================================================================================
 # Names
 # =====================================================================================================================
 REWARDS = {
     "shapes": _shapes(lambda v: (v["soft"] + v["strict"]) / 2),
     "shapes-soft": _shapes(lambda v: v["soft"]),
     "shapes-strict": _shapes(lambda v: v["strict"])}
+ENGINES = {   # rewards whose rule is here, and what they still need to look at an image
+    "geneval": "a detector that calls score_detections", "ocr": "a reader of text that calls ocr_score"}
 
 
 # =====================================================================================================================

@@ -153,7 +153,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
 
 
 def test_bad_specs_and_splits_are_refused():
-    for spec, says in (("shape", "unknown prompts"), ("geneval", "not there yet"), ("ocr", "not there yet")):
+    for spec, says in (("shape", "unknown prompts"), ("geneval-seen", "unknown prompts")):
         with pytest.raises(ValueError, match=says):
             data.prompts(spec, "train")
     with pytest.raises(ValueError, match="unknown split 'dev'"):
