@@ -643,6 +643,7 @@ def weights_of(name, weights=None):
     return directory
 
 
+@functools.cache                                                      # rewards that share a network hold it once
 def read_clip(directory, size, device="cpu"):
     """A CLIP of one of CLIP_SIZES from a file with open_clip's names, else from a directory as transformers'."""
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "HPS_v2.1_compressed.pt"):
@@ -821,6 +822,7 @@ class WordPiece:
         return ids, torch.arange(self.length) < torch.tensor([len(row) for row in rows])[:, None]
 
 
+@functools.cache
 def imagereward(weights=None, device="cpu", how="pil"):
     """ImageReward v1.0, about -2.3 to 2: a z-score of human preference."""
     directory = weights_of("imagereward", weights)

@@ -336,6 +336,12 @@ def test_sums_batches_and_failures(home):
     assert sizes == [(2, 2), (1, 1)]
 
 
+def test_a_shared_network_is_read_once(home):
+    rewards.read_clip.cache_clear()
+    rewards.load("clip-l14,clipscore,aesthetic", home), rewards.load("clip-l14", home)
+    assert rewards.read_clip.cache_info().misses == 1
+
+
 def test_missing_weights_name_the_command(tmp_path):
     for name, download in (("pickscore", "hf download yuvalkirstain/PickScore_v1"), ("hpsv2", "xswu/HPSv2"),
                            ("clip-dfn", "apple/DFN5B-CLIP-ViT-H-14-378"), ("clipscore", "clip-vit-large-patch14"),
