@@ -1036,11 +1036,11 @@ class VAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- CLIPText
 
 class CLIPLayer(nn.Module):
-    """A pre-norm transformer layer with causal attention."""
+    """A pre-norm transformer layer: causal attention for text, whole for images."""
 
-    def __init__(self, dim, heads, mlp, act, eps):
+    def __init__(self, dim, heads, mlp, act, eps, causal=True):
         super().__init__()
-        self.heads, self.act = heads, act
+        self.heads, self.act, self.causal = heads, act, causal
         self.self_attn = nn.ModuleDict(
             {name: nn.Linear(dim, dim) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
@@ -1050,7 +1050,7 @@ class CLIPLayer(nn.Module):
         y = self.layer_norm1(x)
         q, k, v = (self.self_attn[name](y).unflatten(2, (self.heads, -1)).transpose(1, 2)      # (B, heads, L, D/heads)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
         x = x + self.self_attn["out_proj"](y)
         y = self.mlp["fc1"](self.layer_norm2(x))
         y = y * torch.sigmoid(1.702 * y) if self.act == "quick_gelu" else F.gelu(y)

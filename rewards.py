@@ -3,26 +3,39 @@
 A reward is `score(images (B, 3, H, W) float in [0, 1], prompts: list[str], meta: list[dict]) -> (B,) float32`; `load`
 makes one from a name, a weighted sum of names, or a function of yours.
 
+    Loading        load: names, sums, files
+    The verifier   shapes: the tiny world's scenes, read back from their pixels; needs no weights
+    CLIP           pickscore, hpsv2, clip-l14, clip-dfn, clipscore, aesthetic
+    ImageReward    imagereward
+    Command line   scores a folder of images
+
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
+    python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
 """
 import argparse
 import csv
 import functools
+import html
 import importlib.util
 import itertools
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
+import zipfile
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from torch import nn
 from tqdm import tqdm
 
 import data
+import models
 
 # =====================================================================================================================
 # Loading
@@ -32,9 +45,10 @@ def load(spec, weights=None, device="cpu"):
     """Make `score(images, prompts, meta) -> (B,) float32` from a name, a weighted sum, or a function in a file.
 
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
-    weights: the directory that holds the reward networks' weights. Raises ValueError, in one line, for a spec that
-    cannot be loaded. The score raises RuntimeError, naming the reward, when a reward does not return one number an
-    image. A NaN stays where it is: it marks a failed reward, and the trainer masks it.
+    weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
+    Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
+    when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
+    trainer masks it.
     """
     terms = []
     for term in spec.split(","):
@@ -544,12 +558,445 @@ def ocr_score(text, target):
 
 
 # =====================================================================================================================
+# CLIP: PickScore, HPSv2, CLIP scores, aesthetics
+# =====================================================================================================================
+# One network serves them all; they differ in weights, in how an image is made small, and in the scale of the cosine.
+# Everything runs in float32.
+
+HERE = pathlib.Path(__file__).resolve().parent
+CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+_L, _H = (dict(hidden_size=w, intermediate_size=4 * w, num_attention_heads=w // 64) for w in (768, 1024))
+_BIG, _HUGE = (dict(hidden_size=w, intermediate_size=4 * w, num_hidden_layers=n, num_attention_heads=16, patch_size=14)
+               for w, n in ((1024, 24), (1280, 32)))
+CLIP_SIZES = {                                                        # the options of CLIP; B/32 is all defaults
+    "B/32": {},
+    "L/14": dict(projection_dim=768, text_config=_L, vision_config=_BIG),
+    "H/14": dict(projection_dim=1024, text_config=dict(_H, num_hidden_layers=24, hidden_act="gelu"),
+                 vision_config=dict(_HUGE, hidden_act="gelu")),
+    "H/14-378": dict(projection_dim=1024, text_config=dict(_H, num_hidden_layers=24),      # DFN's: quick_gelu
+                     vision_config=dict(_HUGE, image_size=378))}
+
+
+class CLIP(models.CLIPText):
+    """CLIP, both towers: the text tower of models.py, and a vision transformer that looks at itself without a mask.
+
+    image(pixels (B, 3, S, S), from `clip_pixels`) and text(ids (B, L)) -> features (B, P) of unit length.
+    Source: Radford et al., arXiv:2103.00020; equal to transformers' CLIPModel, whose config and names this takes.
+    """
+    public_names, file_name, ignore = ("CLIPModel",), "model", ("position_ids",)
+    rename = staticmethod(str)
+
+    def __init__(self, text_config=None, vision_config=None, projection_dim=512, text_config_dict=None,
+                 vision_config_dict=None, **_):
+        text = (text_config or {}) | (text_config_dict or {})         # old files state what differs a second time
+        vision = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                      patch_size=32, image_size=224, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+        given = (vision_config or {}) | (vision_config_dict or {})
+        vision |= {key: given[key] for key in vision if key in given}
+        super().__init__(**text | dict(projection_dim=projection_dim, architectures=["CLIPTextModelWithProjection"]))
+        if vision["hidden_act"] not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act={vision['hidden_act']!r} is not implemented: 'quick_gelu' or 'gelu'")
+        self.config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=projection_dim,
+                           text_config=self.config, vision_config=vision | dict(projection_dim=projection_dim))
+        width, patch, self.size = vision["hidden_size"], vision["patch_size"], vision["image_size"]
+        norm = functools.partial(nn.LayerNorm, width, eps=vision["layer_norm_eps"])
+        body = self.vision_model = nn.Module()
+        body.embeddings = nn.Module()
+        body.embeddings.class_embedding = nn.Parameter(torch.randn(width) * .02)
+        body.embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        body.embeddings.position_embedding = nn.Embedding((self.size // patch)**2 + 1, width)
+        body.pre_layrnorm, body.post_layernorm = norm(), norm()       # the first is spelt so in the files
+        body.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            models.CLIPLayer(width, vision["num_attention_heads"], vision["intermediate_size"], vision["hidden_act"],
+                             vision["layer_norm_eps"], causal=False) for _ in range(vision["num_hidden_layers"]))})
+        self.visual_projection = nn.Linear(width, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
+
+    def image(self, pixels):
+        body = self.vision_model
+        x = body.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)             # (B, N, D)
+        x = torch.cat([body.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)       # (B, 1 + N, D)
+        x = body.pre_layrnorm(x + body.embeddings.position_embedding.weight)
+        for layer in body.encoder["layers"]:
+            x = layer(x)
+        return F.normalize(self.visual_projection(body.post_layernorm(x[:, 0])), dim=1)    # (B, P)
+
+    def text(self, ids):
+        return F.normalize(super().forward(ids)[1], dim=1)                                 # (B, P)
+
+    def forward(self, pixels, ids):
+        """The cosine (B,) of each image with its own text."""
+        return (self.image(pixels) * self.text(ids)).sum(1)
+
+
+# open_clip's names of whole tensors and modules, then of the parts of a block.
+OPEN_CLIP = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1": "vision_model.embeddings.patch_embedding", "visual.proj": "visual_projection.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding", "text_projection": "text_projection.weight",
+    "ln_final": "text_model.final_layer_norm", "logit_scale": "logit_scale",
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2"}
+
+
+def from_open_clip(key, tensor):
+    """One tensor of open_clip under transformers' names: [(name, tensor)], three where q, k and v are stacked."""
+    block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
+    start, rest = "", key
+    if block:
+        start, rest = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}.", block[3]
+    if rest.startswith("attn.in_proj_"):
+        kind = rest.removeprefix("attn.in_proj_")
+        return [(f"{start}self_attn.{name}_proj.{kind}", part) for name, part in zip("qkv", tensor.chunk(3))]
+    if rest in ("visual.proj", "text_projection"):                    # x @ W there, x @ W^T here
+        tensor = tensor.T
+    if rest not in OPEN_CLIP:
+        module, _, kind = rest.rpartition(".")
+        return [(f"{start}{OPEN_CLIP.get(module, module)}.{kind}", tensor)]
+    return [(start + OPEN_CLIP[rest], tensor)]
+
+
+def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, tensor)], ignore=("position_ids",)):
+    """Fill a network, built on the meta device, from one file, strictly: safetensors, or a pickle of tensors only.
+
+    convert: a tensor of the file -> [(name, tensor)] of the network; keys that end in one of `ignore` are skipped.
+    Returns the network in eval mode, float32, without gradients. Raises ValueError naming the file and the first tensor
+    that is unexpected, wrongly shaped or missing. A pickle is read with weights_only, so that it cannot run code.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(file)
+        else:
+            is_new = zipfile.is_zipfile(file)                         # only files older than PyTorch 1.6 are not
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_new)
+            tensors = tensors.get("state_dict", tensors)
+    except Exception as e:                                            # the readers raise a dozen types
+        why = str(e).strip().partition("\n")[0][:200]
+        raise ValueError(f"{file} is damaged, or holds more than tensors ({why}): download it again") from None
+    want, state = net.state_dict(), {}
+    for key, tensor in tensors.items():
+        if key.endswith(tuple(ignore)):
+            continue
+        for name, part in convert(key, tensor):
+            if name not in want or part.shape != want[name].shape:
+                raise ValueError(f"{file}: {key} {tuple(tensor.shape)} has no place in this {type(net).__name__}: the "
+                                 f"file belongs to another architecture")
+            state[name] = part.to(device, torch.float32, copy=True)
+    missing = [name for name in want if name not in state]
+    if missing:
+        raise ValueError(f"{file}: tensor {missing[0]} is missing, {len(missing)} in all: the file is incomplete or "
+                         f"belongs to another architecture")
+    net.load_state_dict(state, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def clip_pixels(images, size, how="pil"):
+    """Images (B, 3, H, W) in [0, 1] as a CLIP sees them: (B, 3, size, size), normalised, in one of four ways.
+
+    pil       8 bits, PIL's bicubic to a short side of `size`, centre crop: transformers' CLIPImageProcessor
+    bicubic   the same on the images' device, without rounding to 8 bits: faster, a little off the reference
+    bilinear  as DGPO's CLIP score, which takes the default of torchvision's Resize
+    pad       HPSv2: 8 bits, then floats; bicubic to a long side of `size`, and a black frame: nothing is cropped
+
+    The crop starts at floor((long - size) / 2), as in transformers; torchvision rounds, one pixel later at times. All
+    filters are antialiased, as torchvision's since 0.17; before, its tensors (bilinear, pad here) were not.
+    """
+    if how not in ("pil", "bicubic", "bilinear", "pad"):
+        raise ValueError(f"how={how!r}: 'pil', 'bicubic', 'bilinear' or 'pad'")
+    H, W = images.shape[2:]
+    if how == "pad":
+        h, w = (round(n * (size / max(H, W))) for n in (H, W))
+        h, w = max(h, 1), max(w, 1)
+    else:
+        h, w = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
+    images = images.float()
+    if how in ("pil", "pad"):
+        images = (images * 255).round().clamp(0, 255) / 255            # what a PNG would hold
+    if how == "pil":
+        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        x = np.stack([Image.fromarray(array).resize((w, h), Image.Resampling.BICUBIC) for array in arrays])
+        x = torch.from_numpy(x).to(images.device).permute(0, 3, 1, 2).float() / 255        # (B, 3, h, w)
+    else:
+        mode = "bilinear" if how == "bilinear" else "bicubic"
+        x = F.interpolate(images, (h, w), mode=mode, antialias=True)
+    if how == "bicubic":
+        x = x.clamp(0, 1)                                              # PIL's bytes cannot overshoot; HPSv2's floats do
+    if how == "pad":
+        top, left = (size - h) // 2, (size - w) // 2
+        x = F.pad(x, (left, size - w - left, top, size - h - top))     # black, before it is normalised
+    else:
+        top, left = (h - size) // 2, (w - size) // 2
+        x = x[:, :, top:top + size, left:left + size]
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return (x - mean) / std
+
+
+def open_clip_text(prompt):
+    """What open_clip does to a prompt before its tokens: entities and curly quotes undone (of ftfy, only that)."""
+    straight = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
+    return html.unescape(html.unescape(prompt.translate(straight))).strip()
+
+
+class Affine(nn.Module):
+    """The head of the aesthetic score and of ImageReward: five linear layers and nothing between them, (B, D) -> (B,).
+
+    Its dropouts act in training only; they hold their places here so that the layers keep their numbers.
+    """
+
+    def __init__(self, dim=768):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
+                                    nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
+
+    def forward(self, x):
+        return self.layers(x)[:, 0]
+
+
+# Where the weights are: directory -> its files and the commands that bring them. {} is the directory.
+_HF = "hf download {} {} --local-dir {{}}"
+_BPE = _HF.format("openai/clip-vit-large-patch14", "vocab.json merges.txt tokenizer_config.json")
+_BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+DOWNLOADS = {
+    "pickscore": (("config.json", "model.safetensors", *_BPE_FILES),
+                  _HF.format("yuvalkirstain/PickScore_v1", "config.json model.safetensors") + " && " + _BPE),
+    "hpsv2": (("HPS_v2.1_compressed.pt", *_BPE_FILES),
+              _HF.format("xswu/HPSv2", "HPS_v2.1_compressed.pt") + " && " + _BPE),
+    "clip-l14": (("config.json", "model.safetensors", *_BPE_FILES),
+                 _HF.format("openai/clip-vit-large-patch14", "config.json model.safetensors " + " ".join(_BPE_FILES))),
+    "clip-dfn": (("open_clip_pytorch_model.bin", *_BPE_FILES),
+                 _HF.format("apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_pytorch_model.bin") + " && " + _BPE),
+    "aesthetic": ((HEAD,), f"curl -L --create-dirs -o '{{}}/{HEAD}' https://github.com/christophschuhmann/"
+                           f"improved-aesthetic-predictor/raw/main/{HEAD.replace('+', '%2B')}"),
+    "imagereward": (("ImageReward.pt", "vocab.txt"), _HF.format("THUDM/ImageReward", "ImageReward.pt") + " && " +
+                    _HF.format("google-bert/bert-base-uncased", "vocab.txt"))}
+
+
+def weights_of(name, weights=None):
+    """The directory weights/name, complete. Raises ValueError that says what is missing and the command to get it."""
+    directory = pathlib.Path(weights or HERE / "weights") / name
+    files, command = DOWNLOADS[name]
+    absent = [file for file in files if not (directory / file).is_file() and not
+              (file.endswith(".bin") and (directory / "open_clip_model.safetensors").is_file())]
+    if absent:
+        tool = "pip install huggingface_hub && " if command.startswith("hf") else ""
+        raise ValueError(f"no weights for the reward: {directory / absent[0]} is missing. They come by: {tool}"
+                         f"{command.replace('{}', str(directory))}")
+    return directory
+
+
+@functools.cache                                                      # rewards that share a network hold it once
+def read_clip(directory, size, device="cpu"):
+    """A CLIP of one of CLIP_SIZES from a file with open_clip's names, else from a directory as transformers'."""
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "HPS_v2.1_compressed.pt"):
+        if (directory / name).is_file():
+            with torch.device("meta"):                                # shapes without memory
+                net = CLIP(**CLIP_SIZES[size])
+            return read_weights(net, directory / name, device, from_open_clip, ("attn_mask",))
+    return CLIP.from_pretrained(directory, device=device)
+
+
+def in_batches(score, n=64):
+    """A reward from score(images (b, 3, H, W), prompts) -> (b,), b <= n, without gradients.
+
+    An image that is not finite scores NaN: rounded to bytes it would pass for a black one.
+    """
+    @torch.no_grad()
+    def reward(images, prompts, meta):
+        finite = images.isfinite().flatten(1).all(1)
+        parts = [score(x, list(prompts[i * n:(i + 1) * n])) for i, x in enumerate(images.nan_to_num(0).split(n))]
+        values = torch.cat(parts).to(images.device)
+        return values.masked_fill(~finite, math.nan)
+    return reward
+
+
+def clip_reward(name, size, scale, how="pil", clean=str):
+    """A maker of rewards scale(cosine (B,), exp(logit_scale) ()) from weights/name. clean: prompt -> prompt."""
+    def make(weights=None, device="cpu", how=how):
+        directory = weights_of(name, weights)
+        net, tokenize = read_clip(directory, size, device), models.CLIPTokenizer(directory)
+
+        def score(images, prompts):
+            ids = tokenize([clean(prompt) for prompt in prompts]).to(device)               # (b, 77)
+            return scale(net(clip_pixels(images.to(device), net.size, how), ids), net.logit_scale.exp())
+        return in_batches(score)
+    return make
+
+
+def aesthetic(weights=None, device="cpu", how="pil"):
+    """LAION's aesthetic score, about 1 to 10: a linear head on CLIP-L/14's image features; it never sees the prompt."""
+    head_file, directory = weights_of("aesthetic", weights) / HEAD, weights_of("clip-l14", weights)
+    net = read_clip(directory, "L/14", device)
+    with torch.device("meta"):
+        head = Affine(net.config["projection_dim"])
+    head = read_weights(head, head_file, device)
+    return in_batches(lambda images, prompts: head(net.image(clip_pixels(images.to(device), net.size, how))))
+
+
+# =====================================================================================================================
+# ImageReward
+# =====================================================================================================================
+# BLIP: a BERT reads the prompt and, in every layer, looks at what a vision transformer makes of the image.
+
+def _heads(x, n):
+    return x.unflatten(2, (n, -1)).transpose(1, 2)                                         # (B, heads, N, D / heads)
+
+
+class BlipVisionBlock(nn.Module):
+    """A pre-norm transformer layer under timm's names."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        q, k, v = (_heads(y, self.heads) for y in self.attn["qkv"](self.norm1(x)).chunk(3, 2))
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class BlipVision(nn.Module):
+    """pixels (B, 3, S, S) -> (B, 1 + N, D), all tokens, normed."""
+
+    def __init__(self, dim, layers, heads, patch, size):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch)**2 + 1, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, stride=patch)})
+        self.blocks = nn.ModuleList(BlipVisionBlock(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, pixels):
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)                    # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class BertAttention(nn.Module):
+    """Attention of x (B, L, D) to a context (B, N, D'), the residual, a norm. mask: True where it may look."""
+
+    def __init__(self, dim, dim_context, heads):
+        super().__init__()
+        self.heads = heads
+        self.self = nn.ModuleDict({"query": nn.Linear(dim, dim), "key": nn.Linear(dim_context, dim),
+                                   "value": nn.Linear(dim_context, dim)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": nn.LayerNorm(dim, eps=1e-12)})
+
+    def forward(self, x, context, mask=None):
+        q, k, v = (_heads(self.self[name](y), self.heads)
+                   for name, y in (("query", x), ("key", context), ("value", context)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.output["LayerNorm"](x + self.output["dense"](y))
+
+
+class BertLayer(nn.Module):
+    """Attention to the text, to the image, then a feed-forward, each with its norm behind it."""
+
+    def __init__(self, dim, dim_image, heads, mlp):
+        super().__init__()
+        self.attention, self.crossattention = BertAttention(dim, dim, heads), BertAttention(dim, dim_image, heads)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, mlp)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(mlp, dim), "LayerNorm": nn.LayerNorm(dim, eps=1e-12)})
+
+    def forward(self, x, mask, image):
+        x = self.crossattention(self.attention(x, x, mask), image)
+        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](x + y)
+
+
+class ImageReward(nn.Module):
+    """(mlp(BERT's state at [CLS], looking at the image) - mean) / std; pixels and ids (B, L) -> (B,).
+
+    mask: (B, L) bool, False at padding. Source: Xu et al., arXiv:2304.05977; the names of THUDM's ImageReward.pt. Its
+    vision_proj and text_proj are BLIP's, for a contrastive loss: no score needs them.
+    """
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072               # of the training set's scores
+
+    def __init__(self, vocab=30524, dim=768, layers=12, heads=12, places=512, dim_image=1024, layers_image=24,
+                 heads_image=16, patch=16, size=224):
+        super().__init__()
+        self.size, self.blip, text = size, nn.Module(), nn.Module()
+        self.blip.visual_encoder = BlipVision(dim_image, layers_image, heads_image, patch, size)
+        text.embeddings = nn.ModuleDict({"word_embeddings": nn.Embedding(vocab, dim), "position_embeddings":
+                                         nn.Embedding(places, dim), "LayerNorm": nn.LayerNorm(dim, eps=1e-12)})
+        text.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(dim, dim_image, heads, 4 * dim)
+                                                             for _ in range(layers))})
+        self.blip.text_encoder = text
+        self.blip.vision_proj, self.blip.text_proj = nn.Linear(dim_image, 256), nn.Linear(dim, 256)
+        self.mlp = Affine(dim)
+
+    def hidden(self, pixels, ids, mask):
+        """BERT's last states (B, L, D)."""
+        image, text = self.blip.visual_encoder(pixels), self.blip.text_encoder             # (B, 1 + N, D_image)
+        x = text.embeddings["word_embeddings"](ids) + text.embeddings["position_embeddings"].weight[:ids.shape[1]]
+        x = text.embeddings["LayerNorm"](x)
+        for layer in text.encoder["layer"]:
+            x = layer(x, mask[:, None, None], image)
+        return x
+
+    def forward(self, pixels, ids, mask):
+        return (self.mlp(self.hidden(pixels, ids, mask)[:, 0]) - self.MEAN) / self.STD
+
+
+class WordPiece:
+    """BERT's uncased tokenizer from vocab.txt: strings -> ids (B, length) int64, padded with 0, and their mask."""
+
+    def __init__(self, file, length=35):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+        self.core = Tokenizer(models.WordPiece.from_file(str(file), unk_token="[UNK]"))
+        self.core.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self.core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+        absent = [token for token in special if self.core.token_to_id(token) is None]
+        if absent:
+            raise ValueError(f"{file}: the special token {absent[0]} is missing: this is another tokenizer's file")
+        self.core.add_special_tokens(special)
+        self.length, (self.pad, self.start, self.end) = length, map(self.core.token_to_id, special[:3])
+
+    def __call__(self, texts):
+        rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end]
+                for encoding in self.core.encode_batch(texts, add_special_tokens=False)]
+        ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+        return ids, torch.arange(self.length) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+@functools.cache
+def imagereward(weights=None, device="cpu", how="pil"):
+    """ImageReward v1.0, about -2.3 to 2: a z-score of human preference."""
+    directory = weights_of("imagereward", weights)
+    with torch.device("meta"):
+        net = ImageReward()
+    net = read_weights(net, directory / "ImageReward.pt", device)
+    tokenize = WordPiece(directory / "vocab.txt")
+
+    def score(images, prompts):
+        ids, mask = tokenize(prompts)
+        return net(clip_pixels(images.to(device), net.size, how), ids.to(device), mask.to(device))
+    return in_batches(score)
+
+
+# =====================================================================================================================
 # Names
 # =====================================================================================================================
 REWARDS = {
     "shapes": _shapes(lambda v: (v["soft"] + v["strict"]) / 2),
     "shapes-soft": _shapes(lambda v: v["soft"]),
-    "shapes-strict": _shapes(lambda v: v["strict"])}
+    "shapes-strict": _shapes(lambda v: v["strict"]),
+    "pickscore": clip_reward("pickscore", "H/14", lambda cosine, scale: scale * cosine / 26),        # the trainers'
+    "pickscore-raw": clip_reward("pickscore", "H/14", lambda cosine, scale: scale * cosine),         # 17 to 25
+    "hpsv2": clip_reward("hpsv2", "H/14", lambda cosine, scale: cosine, "pad", open_clip_text),      # v2.1
+    "clip-l14": clip_reward("clip-l14", "L/14", lambda cosine, scale: cosine),
+    "clip-dfn": clip_reward("clip-dfn", "H/14-378", lambda cosine, scale: cosine, "pil", open_clip_text),
+    "clipscore": clip_reward("clip-l14", "L/14", lambda cosine, scale: scale * cosine / 30, "bilinear"),   # DGPO's
+    "aesthetic": aesthetic,
+    "imagereward": imagereward}
 ENGINES = {   # rewards whose rule is here, and what they still need to look at an image
     "geneval": "a detector that calls score_detections", "ocr": "a reader of text that calls ocr_score"}
 
