@@ -9,6 +9,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
