@@ -13,7 +13,7 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (5) [3.1]  y = (x + sqrt(gamma) xi) / (1 - gamma/2),  x' = prox(y; t', gamma / (1 - gamma/2))             pda_step
     (6) [7]    f = prox_null + s (prox_text - prox_null); the paper's omega is s - 1                            guided
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
-    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')        rl
+    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')  train_rl
 
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
@@ -86,8 +86,7 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
-    lr: float = 1e-4                    # AdamW; in training 2e-3 for tiny                         [paper: 8e-5]
-    lr_hold: int = 0                    # updates at this rate, which then falls as (lr_hold / updates)^2; 0: constant
+    lr: float = 1e-4                    # AdamW; train and finetune have their own, STAGE_DEFAULTS  [paper: 8e-5]
     weight_decay: float = 1e-4          # AdamW
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -643,7 +642,7 @@ def train_rl(cfg):
             if not checked:                                            # and so must the update's own passes, in bf16
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
-            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import mixture
 import models
 import proxt2i
 
@@ -87,6 +88,36 @@ def test_many_samples_follow_the_recursion():
                           lambda k: torch.randn(x.shape, generator=draw, dtype=torch.float64))
     sampled = math.hypot(x.mean().item() - 2.0, x.std().item() - 0.1)
     assert sampled == pytest.approx(distance("hybrid", 2.0, 0.01, 6), abs=2e-3)
+
+
+def test_samplers_on_a_mixture_in_the_plane():
+    """Narrow modes: the backward step lands in one, where the others land between them. Broad ones: it is not ahead."""
+    def far(name, std, steps):
+        return mixture.w2(mixture.cloud(name, std, steps, n=600), mixture.data_samples(std, 600, 1))
+    narrow = {(name, n): far(name, .1, n) for n in (4, 10) for name in ("hybrid", "sde", "ode", "sde-mean", "dpm")}
+    for n in (4, 10):
+        assert all(narrow["hybrid", n] < .75 * narrow[name, n] for name in ("sde", "ode", "sde-mean", "dpm")), narrow
+    assert narrow["hybrid", 4] < .16 and narrow["sde", 4] > .5
+    assert far("pda", .1, 10) == pytest.approx(narrow["hybrid", 10], abs=.03)
+    assert far("sde", .6, 4) < far("hybrid", .6, 4)
+    floor = mixture.w2(mixture.data_samples(.1, 600, 2), mixture.data_samples(.1, 600, 1))
+    assert floor < far("hybrid", .1, 100) < floor + .03                # and it converges
+
+
+def test_the_mixtures_proximal_operator_is_the_minimum():
+    """Against a search of the whole plane on a grid, for points near and between the modes."""
+    prox, t, lam = mixture.answers(.1)["prox"], .1, .3
+    a = proxt2i.alpha_bar(t)
+    means, var = math.sqrt(a) * mixture.MODES, a * .01 + 1 - a
+    axis = torch.linspace(-2.5, 2.5, 501, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)                            # (N, 2)
+    log_p = (-torch.cdist(grid, means).square() / (2 * var)).logsumexp(1)
+    for y in torch.randn(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5:
+        found = prox(y.view(1, 2, 1, 1), t, lam).view(1, 2)
+        best = (grid - y).square().sum(1) / (2 * lam) - log_p
+        mine = (found - y).square().sum() / (2 * lam) - (-torch.cdist(found, means).square() / (2 * var)).logsumexp(1)
+        assert mine.item() <= best.min().item() + 1e-9
+        assert (found - grid[best.argmin()]).norm() < .02
 
 
 def test_pda_refuses_steps_that_are_too_long():
