@@ -1181,7 +1181,7 @@ def check_common(cfg):
                          f"{max(1, -(-cfg.groups // world)) * world}.")
     least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
     least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
-    least |= {name: 0 for name in ("resolution", "lora_rank", "lr_hold", "eval_every", "weight_decay", "noise_level",
+    least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level",
                                    "shift", "text_length")}
     for name, low in least.items():
         if not getattr(cfg, name, low) >= low:
@@ -1515,14 +1515,6 @@ def check_ratio(run, differences, stop=True):
     if not worst <= limit:
         run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {run.cfg.dtype} takes part in "
                 f"the clip")
-
-
-def rate(cfg, updates):
-    """The learning rate after so many updates: cfg.lr for lr_hold of them, then lr (lr_hold / updates)^2; 0: constant.
-
-    The sum over a run of any length is at most that of 2 lr_hold updates at the full rate: what drifts, comes to rest.
-    """
-    return cfg.lr * min(1.0, cfg.lr_hold / max(updates, 1)) ** 2 if cfg.lr_hold else cfg.lr
 
 
 def groups(metas, n, group_size, *key):

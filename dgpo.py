@@ -69,7 +69,7 @@ class Config:
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
-    kl_to: str = "ref"                  # whose v_ref the KL takes: ref, or start, where the reference moves
+    hold: float = 0.1                   # weight of hold_error: the times below t_min stay what they were; 0: off
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -80,7 +80,6 @@ class Config:
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
-    lr_hold: int = 0                    # updates at this rate, which then falls as (lr_hold / updates)^2; 0: constant
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -106,7 +105,7 @@ class Config:
     def __post_init__(self):
         data.check_common(self)
         for name, options in dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
-                                  clip_old=("rollout", "ema"), kl_to=("ref", "start"), ref=("start", "ema", "old"),
+                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"),
                                   schedule=("", "linear", "sd3", "dpm", "ddim"),
                                   solver=("", "euler", "dpm", "ddim"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
@@ -116,13 +115,13 @@ class Config:
         if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout, self.clip_old)):
             raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or "
                              f"--clip-old is ema")
-        if self.beta <= 0 or self.kl_beta < 0 or self.clip_range < 0 or self.timesteps < 1:
-            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta} and --clip-range "
-                             f"{self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
+        if self.beta <= 0 or min(self.kl_beta, self.hold, self.clip_range) < 0 or self.timesteps < 1:
+            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta}, --hold {self.hold} and "
+                             f"--clip-range {self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
-                resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02,
+                resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02, hold=0.0,
                 minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)   # this line ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
@@ -405,6 +404,22 @@ def draw_time(cfg, times, ddpm, seed, step, group, update, draw):
     return min(int(t * 1000), 999) if ddpm else t
 
 
+HELD = 4                                # one image in four is enough for it
+
+
+def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
+    """mean |v - v_start|^2 at times t < t_min, (B,): what the timestep clip leaves untrained is held where it was.
+
+    The weights that train at the noisy times serve the others, too, and no loss sees those. There the network drifts
+    until the sampler's last steps paint the patches' grid on the ground; README, "What keeps it stable". Not the
+    paper's. x_0, eps: (B, C, H, W); t: (B,) flow times or DDPM steps.
+    """
+    x_t = noised(x_0, eps, t, ddpm)
+    with torch.no_grad(), models.using(params, start):
+        v_start = guided(net, x_t, t, ctx, null, cfg.cfg_ref)
+    return (guided(net, x_t, t, ctx, null, cfg.cfg_train) - v_start).square().flatten(1).mean(1)
+
+
 def train(cfg):
     run = data.Run(cfg, "dgpo")
     ops.use(cfg.fused)
@@ -470,7 +485,7 @@ def train(cfg):
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
         clip_old = {"rollout": old, "ema": ema}[cfg.clip_old]
-        logs = torch.zeros(3, device=run.device, dtype=x_0.dtype)      # loss, kl, dsm: means over the batch
+        logs = torch.zeros(4, device=run.device, dtype=x_0.dtype)      # loss, kl, dsm, hold: means over the batch
         for update in range(cfg.updates):
             for draw in range(cfg.timesteps):
                 for g in range(0, mine, chunk):
@@ -494,10 +509,7 @@ def train(cfg):
                     with torch.no_grad():
                         with models.using(params, ref):
                             v_ref = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
-                        dsm_ref, dsm_old, v_kl = dsm_of(v_ref), None, v_ref
-                        if cfg.kl_to == "start" and ref is not start:
-                            with models.using(params, start):
-                                v_kl = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
+                        dsm_ref, dsm_old = dsm_of(v_ref), None
                         if cfg.clip_range:
                             with models.using(params, clip_old):
                                 dsm_old = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
@@ -514,11 +526,19 @@ def train(cfg):
                             loss = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta      # Eq. (4)
                         else:
                             loss = (slope[p] * A[p] * dsm).mean()
-                        kl, share = (v - v_kl[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
+                        kl, share = (v - v_ref[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
                         ((loss + cfg.kl_beta * kl) * share).backward()
                         shown = (loss if whole is None else whole) * cfg.beta
-                        logs += torch.stack([shown, kl, dsm.mean()]).detach() * share
-            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
+                        logs[:3] += torch.stack([shown, kl, dsm.mean()]).detach() * share
+                        few = [i for i in range(n * G)[p] if i % G % HELD == 0]            # some of every group
+                        if cfg.hold and cfg.t_min and few:
+                            t_low = t.new_tensor(sum((data.uniform(G, *k, "hold") for k in key), []))[few] * cfg.t_min
+                            t_low = (t_low * 1000).floor() if pipe.ddpm else t_low
+                            hold = hold_error(net, params, start, x_0[s][few], eps[few], t_low, [c[few] for c in part],
+                                              null, cfg, pipe.ddpm).sum() / (cfg.groups * -(-G // HELD) * cfg.timesteps)
+                            (cfg.hold * hold).backward()
+                            logs[3] += hold.detach()
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
@@ -527,13 +547,15 @@ def train(cfg):
         run.count["images"] += cfg.groups * cfg.group_size
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
-        scored = both["ref"] * (1 + (cfg.kl_to == "start" != cfg.ref)) + both["train"] * (
-            1 + (cfg.clip_range > 0) + (cfg.micro_batch < G))          # passes for each of them
+        scored = both["ref"] + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G))  # passes for each
+        held = cfg.groups * -(-G // HELD) * cfg.updates * cfg.timesteps if cfg.hold and cfg.t_min else 0
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * scored
-        run.count["backwards"] += seen * both["train"]
-        loss, kl, dsm = (run.sum(logs) / cfg.updates).tolist()
+        run.count["forwards"] += held * (both["ref"] + both["train"])
+        run.count["backwards"] += (seen + held) * both["train"]
+        loss, kl, dsm, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, "dsm": dsm, "grad_norm": grad_norm, "stats": data.image_stats(images, cfg.group_size)}
+               "kl": kl, "dsm": dsm, "hold": hold, "grad_norm": grad_norm,
+               "stats": data.image_stats(images, cfg.group_size)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

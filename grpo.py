@@ -72,7 +72,6 @@ class Config:
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 32]
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 5e-5                    # AdamW                                                    [released code: 3e-4]
-    lr_hold: int = 0                    # updates at this rate, which then falls as (lr_hold / updates)^2; 0: constant
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -471,7 +470,7 @@ def train(cfg):
             if not checked:                                            # and so must the update's own passes, in bf16
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
-            grad_norm = run.update(opt, params, cfg.max_grad_norm, data.rate(cfg, run.count["updates"]))
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
