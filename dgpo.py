@@ -69,7 +69,8 @@ class Config:
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
-    hold: float = 0.1                   # weight of hold_error: the times below t_min stay what they were; 0: off
+    hold: float = 0.1                   # weight of hold_error: the sampler's last steps stay what they were; 0: off
+    hold_below: float = 0.25            # the times that it holds, below t_min
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -81,7 +82,7 @@ class Config:
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
-    max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
+    max_grad_norm: float = 0.05         # gradients are clipped to it, twice the usual norm here   [released code: 1]
     micro_batch: int = 96               # images at once; rollouts take whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
@@ -115,13 +116,16 @@ class Config:
         if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout, self.clip_old)):
             raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or "
                              f"--clip-old is ema")
+        if not 0 < self.hold_below <= 1:
+            raise ValueError(f"--hold-below {self.hold_below}: above 0 and at most 1; --hold 0 turns it off")
         if self.beta <= 0 or min(self.kl_beta, self.hold, self.clip_range) < 0 or self.timesteps < 1:
             raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta}, --hold {self.hold} and "
                              f"--clip-range {self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
 
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
-                resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02, hold=0.0,
+                resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02,
+                hold=0.0, max_grad_norm=1.0,
                 minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)   # this line ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
@@ -408,7 +412,7 @@ HELD = 4                                # one image in four is enough for it
 
 
 def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
-    """mean |v - v_start|^2 at times t < t_min, (B,): what the timestep clip leaves untrained is held where it was.
+    """mean |v - v_start|^2 at times t < hold_below, (B,): what the timestep clip leaves untrained is held where it was.
 
     The weights that train at the noisy times serve the others, too, and no loss sees those. There the network drifts
     until the sampler's last steps paint the patches' grid on the ground; README, "What keeps it stable". Not the
@@ -531,9 +535,9 @@ def train(cfg):
                         shown = (loss if whole is None else whole) * cfg.beta
                         logs[:3] += torch.stack([shown, kl, dsm.mean()]).detach() * share
                         few = [i for i in range(n * G)[p] if i % G % HELD == 0]            # some of every group
-                        if cfg.hold and cfg.t_min and few:
-                            t_low = t.new_tensor(sum((data.uniform(G, *k, "hold") for k in key), []))[few] * cfg.t_min
-                            t_low = (t_low * 1000).floor() if pipe.ddpm else t_low
+                        if cfg.hold and few:
+                            t_low = t.new_tensor(sum((data.uniform(G, *k, "hold") for k in key), []))[few]
+                            t_low = (t_low * cfg.hold_below * 1000).floor() if pipe.ddpm else t_low * cfg.hold_below
                             hold = hold_error(net, params, start, x_0[s][few], eps[few], t_low, [c[few] for c in part],
                                               null, cfg, pipe.ddpm).sum() / (cfg.groups * -(-G // HELD) * cfg.timesteps)
                             (cfg.hold * hold).backward()
@@ -548,7 +552,7 @@ def train(cfg):
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
         scored = both["ref"] + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G))  # passes for each
-        held = cfg.groups * -(-G // HELD) * cfg.updates * cfg.timesteps if cfg.hold and cfg.t_min else 0
+        held = cfg.groups * -(-G // HELD) * cfg.updates * cfg.timesteps if cfg.hold else 0
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * scored
         run.count["forwards"] += held * (both["ref"] + both["train"])
         run.count["backwards"] += (seen + held) * both["train"]
