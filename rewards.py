@@ -1519,8 +1519,8 @@ def write_geneval(folder, index, meta, images, first=0):
 def score_geneval(folder, weights=None, device="cpu", batch=32):
     """Score a folder in GenEval's layout, and write folder/results.jsonl, which GenEval's summary_scores.py reads.
 
-    Returns its rows, one an image: filename, tag, prompt, correct (bool), strict, score, metadata and details (strings
-    of JSON; the second the boxes and scores of each class), engine. Raises ValueError for what cannot be read.
+    Returns its rows, one an image: filename, tag, prompt, correct and strict (bool), score, metadata and details (JSON
+    in strings; the second is the boxes and scores of each class), engine. Raises ValueError for what cannot be read.
     """
     folder, find, rows = pathlib.Path(folder), geneval_engine(weights, device), []
     for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
@@ -1543,7 +1543,7 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
                 for d in found:
                     details.setdefault(d["class"], []).append([*d["box"], d["score"]])
                 results.append({"filename": str(path), "tag": meta["tag"], "prompt": meta["prompt"],
-                                "correct": got["correct"] == 1, "strict": got["strict"], "score": got["score"],
+                                "correct": got["correct"] == 1, "strict": got["strict"] == 1, "score": got["score"],
                                 "metadata": json.dumps(meta), "details": json.dumps(details), "engine": find.engine})
             bar.update(len(some))
     content = "".join(json.dumps(row) + "\n" for row in results)
