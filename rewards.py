@@ -1372,8 +1372,8 @@ def instances(logits, masks, padded, inner, size, least=0., most=100):
     best, at = chance.flatten().topk(min(most, chance.numel()))
     best, at = best[best > least], at[best > least]                    # a mask's quality is at most 1
     query, label = at // chance.shape[1], at % chance.shape[1]
-    x = F.interpolate(masks[query][None], padded, mode="bilinear")[:, :, :inner[0], :inner[1]]
-    x = F.interpolate(x, size, mode="bilinear")[0]                                         # (n, H, W)
+    x = F.interpolate(masks[query][:, None], padded, mode="bilinear")[:, :, :inner[0], :inner[1]]
+    x = F.interpolate(x, size, mode="bilinear")[:, 0]                                      # (n, H, W), n may be 0
     inside = x > 0
     score = best * (x.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
     sides = []
@@ -1407,6 +1407,9 @@ def read_detector(directory, device="cpu"):
                          f"scores differ: leave one there")
     config, convert = {}, from_mmdet
     if files[0].suffix == ".safetensors":
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory / 'config.json'} is missing, which says what model.safetensors holds. Both "
+                             f"come by: {DOWNLOADS['mask2former'][1].replace('{}', str(directory))}")
         config, convert = models.read_json(directory / "config.json"), lambda key, tensor: [(key, tensor)]
     with torch.device("meta"):
         net = Mask2Former(**config)

@@ -147,6 +147,10 @@ def test_files_that_do_not_fit(home, tmp_path):
     refused("hidden_dim=64, .* 32", hidden_dim=32)
     refused("model_type='swin', .* 'resnet'", backbone_config={"model_type": "resnet"})
     refused("3 classes, not of COCO's 80", id2label={i: str(i) for i in range(3)})
+    (tmp_path / "config.json").unlink()
+    rewards.read_detector.cache_clear()
+    with pytest.raises(ValueError, match="config.json is missing, .* hf download facebook/mask2former-swin-small-coco"):
+        rewards.read_detector(tmp_path)
     old = {f"{key.removesuffix('table')}index".replace("_bias", ""): torch.zeros(9, 9, dtype=torch.long)
            for key in state if key.endswith("relative_position_bias_table")}
     assert len(old) == 7 and all(key.endswith(".relative_position_index") for key in old)
@@ -317,6 +321,8 @@ def test_instances_by_their_definition(least, most):
     torch.testing.assert_close(got[0], torch.tensor(scores).float(), atol=1e-5, rtol=0)
     assert got[1].tolist() == list(labels) and got[2].tolist() == list(boxes)
     assert np.array_equal(got[3].numpy(), np.stack(inside))
+    nothing = instances(logits, masks, padded, inner, size, .999, most)
+    assert [len(x) for x in nothing] == [0] * 4 and nothing[3].shape == (0, *size)
     assert [0, 0, 0, 0] in boxes and len(want) == min(most, 24) if least < 0 else 1 < len(want) < 10
 
 
@@ -414,6 +420,12 @@ def test_metas_that_cannot_be_checked(home, small, bad, match):
     with pytest.raises(ValueError, match=match) as e:
         rewards.load("geneval", home)(pictures(8, 8, 2), [""] * 2, [METAS[0], bad])
     assert "\n" not in str(e.value)
+
+
+def test_an_image_without_objects(home, small, monkeypatch):
+    monkeypatch.setattr(rewards, "SURE", .999)
+    assert seen(pictures(40, 52, 4), home) == [[]] * 4
+    assert rewards.load("geneval", home)(pictures(40, 52, 4), [""] * 4, METAS).tolist() == [0] * 4
 
 
 def test_every_official_prompt_can_be_checked():
