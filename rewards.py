@@ -1478,8 +1478,8 @@ def geneval_engine(weights=None, device="cpu", batch=8):
                         crop = torch.where(row["mask"], image, .6)[None, :, y0:y1, x0:x1]  # .6 is #999
                         crops.append((row, clip_pixels(crop, clip.size)))                  # (1, 3, S, S)
                 found.append(rows)
-        for start in range(0, len(crops), 64):
-            some = crops[start:start + 64]
+        for start in range(0, len(crops), 8 * batch):                  # crops are small, 224 x 224
+            some = crops[start:start + 8 * batch]
             for (row, _), feature in zip(some, clip.image(torch.cat([crop for _, crop in some]))):
                 row["color"] = data.PAINTS[(paints(row["class"]) @ feature).argmax()]
         return [[{key: value for key, value in row.items() if key != "mask"} for row in rows] for rows in found]

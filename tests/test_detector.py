@@ -364,12 +364,14 @@ def test_rewards(home, small, size):
 
 def test_batches_and_bytes_do_not_matter(home, small):
     """A PNG in between changes nothing; nor does the company in which an image is scored."""
-    images = pictures(40, 52, 4)
-    want = seen(images, home)
-    for got in (seen(images, home, batch=3), seen(images + .3 / 255, home)):
+    images, metas = pictures(40, 52, 4), [meta(cup={"count": 3, "color": "red"})] * 4
+    want = seen(images, home, metas)
+    assert sum("color" in d for rows in want for d in rows) > 8       # at a batch of 1, CLIP sees eight crops at once
+    for got in (seen(images, home, metas, batch=1), seen(images, home, metas, batch=3),
+                seen(images + .3 / 255, home, metas)):
         for a, b in zip(sum(got, []), sum(want, []), strict=True):
             assert a == {**b, "score": pytest.approx(a["score"], abs=1e-4)}
-    assert seen(images.flip(1), home) != want                         # red and blue exchanged
+    assert seen(images.flip(1), home, metas) != want                         # red and blue exchanged
 
 
 def test_colours_equal_the_official_way(home, small, monkeypatch):
