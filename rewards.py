@@ -5,8 +5,11 @@ makes one from a name, a weighted sum of names, or a function of yours.
 
     Loading        load: names, sums, files
     The verifier   shapes: the tiny world's scenes, read back from their pixels; needs no weights
+    Rules          GenEval's and the OCR task's, from what was found in an image to its score
     CLIP           pickscore, hpsv2, clip-l14, clip-dfn, clipscore, aesthetic
     ImageReward    imagereward
+    Mask2Former    GenEval's detector, and mmdet's way from its output to objects
+    GenEval        geneval, geneval-strict, geneval-correct; the benchmark's folders and table
     Command line   scores a folder of images
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
@@ -418,8 +421,9 @@ def _shapes(pick):
 # =====================================================================================================================
 # GenEval and OCR: from what an engine has found in an image to its score
 # =====================================================================================================================
-# Pure functions of detections and of texts. The engines, a detector with a classifier of colours and a reader, are not
-# there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470, whose rewards DGPO uses.
+# Pure functions of detections and of texts. GenEval's engine, a detector with a classifier of colours, has a chapter
+# below; a reader is not there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470,
+# whose rewards DGPO uses.
 
 def relations(a, b, margin=.1):
     """Where box a lies, seen from box b: the names of data.RELATIONS that hold, at most two of them.
@@ -760,6 +764,7 @@ _HF = "hf download {} {} --local-dir {{}}"
 _BPE = _HF.format("openai/clip-vit-large-patch14", "vocab.json merges.txt tokenizer_config.json")
 _BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+MMDET_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"       # as GenEval's own download_models.sh calls it
 DOWNLOADS = {
     "pickscore": (("config.json", "model.safetensors", *_BPE_FILES),
                   _HF.format("yuvalkirstain/PickScore_v1", "config.json model.safetensors") + " && " + _BPE),
@@ -767,20 +772,22 @@ DOWNLOADS = {
               _HF.format("xswu/HPSv2", "HPS_v2.1_compressed.pt") + " && " + _BPE),
     "clip-l14": (("config.json", "model.safetensors", *_BPE_FILES),
                  _HF.format("openai/clip-vit-large-patch14", "config.json model.safetensors " + " ".join(_BPE_FILES))),
-    "clip-dfn": (("open_clip_pytorch_model.bin", *_BPE_FILES),
+    "clip-dfn": (("open_clip_pytorch_model.bin|open_clip_model.safetensors", *_BPE_FILES),
                  _HF.format("apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_pytorch_model.bin") + " && " + _BPE),
     "aesthetic": ((HEAD,), f"curl -L --create-dirs -o '{{}}/{HEAD}' https://github.com/christophschuhmann/"
                            f"improved-aesthetic-predictor/raw/main/{HEAD.replace('+', '%2B')}"),
     "imagereward": (("ImageReward.pt", "vocab.txt"), _HF.format("THUDM/ImageReward", "ImageReward.pt") + " && " +
-                    _HF.format("google-bert/bert-base-uncased", "vocab.txt"))}
+                    _HF.format("google-bert/bert-base-uncased", "vocab.txt")),
+    "mask2former": (("model.safetensors|" + MMDET_FILE,),
+                    _HF.format("facebook/mask2former-swin-small-coco-instance", "config.json model.safetensors"))}
 
 
 def weights_of(name, weights=None):
     """The directory weights/name, complete. Raises ValueError that says what is missing and the command to get it."""
     directory = pathlib.Path(weights or HERE / "weights") / name
     files, command = DOWNLOADS[name]
-    absent = [file for file in files if not (directory / file).is_file() and not
-              (file.endswith(".bin") and (directory / "open_clip_model.safetensors").is_file())]
+    absent = [file.partition("|")[0] for file in files             # a|b: either will do
+              if not any((directory / name).is_file() for name in file.split("|"))]
     if absent:
         tool = "pip install huggingface_hub && " if command.startswith("hf") else ""
         raise ValueError(f"no weights for the reward: {directory / absent[0]} is missing. They come by: {tool}"
@@ -983,6 +990,583 @@ def imagereward(weights=None, device="cpu", how="pil"):
 
 
 # =====================================================================================================================
+# Mask2Former
+# =====================================================================================================================
+# GenEval's detector. A Swin transformer makes maps of 1/4 to 1/32 of the image's size; deformable attention mixes the
+# three coarse ones; a hundred queries look at them in turn, each only where its own mask is so far, and end as a class
+# and a mask. Cheng et al., arXiv:2112.01527; Liu et al., Swin, arXiv:2103.14030; Zhu et al., Deformable DETR,
+# arXiv:2010.04159. Equal to transformers' Mask2FormerForUniversalSegmentation, whose names and config these are.
+
+def _windows(x, size):
+    """A map (B, H, W, C), H and W multiples of size, cut into windows: (B, N, size^2, C)."""
+    B, H, W, C = x.shape
+    return x.view(B, H // size, size, W // size, size, C).transpose(2, 3).reshape(B, -1, size * size, C)
+
+
+def _from_windows(x, size, H, W):
+    """The other way round: (B, N, size^2, C) -> (B, H, W, C)."""
+    return x.view(len(x), H // size, W // size, size, size, -1).transpose(2, 3).reshape(len(x), H, W, -1)
+
+
+@functools.lru_cache(maxsize=8)
+def _steps(size, device):
+    """Of each pair of a window's pixels, the number of the step between them, (size^2, size^2): a row of the biases."""
+    at = torch.cartesian_prod(torch.arange(size), torch.arange(size))                      # (size^2, 2) as (y, x)
+    dy, dx = (at[:, None] - at + size - 1).unbind(2)
+    return (dy * (2 * size - 1) + dx).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _strangers(H, W, size, shift, device):
+    """-100 for a window's pixels that only rolling the map by `shift` brought together, else 0: (N, size^2, size^2)."""
+    row, column = ((torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - shift).int() for n in (H, W))
+    origin = _windows((3 * row[:, None] + column)[None, :, :, None], size)[0, :, :, 0]     # (N, size^2), of nine kinds
+    return -100. * (origin[:, :, None] != origin[:, None]).float().to(device)
+
+
+class SwinBlock(nn.Module):
+    """Attention inside the windows of a map, a feed-forward; (B, H, W, C). Odd blocks roll the map by half a window."""
+
+    def __init__(self, dim, heads, window, shift):
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        look = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
+        look.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1)**2, heads))
+        self.attention = nn.ModuleDict({"self": look, "output": nn.ModuleDict({"dense": nn.Linear(dim, dim)})})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, 4 * dim)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        (_, H, W, _), size, look = x.shape, self.window, self.attention["self"]
+        y = F.pad(self.layernorm_before(x), (0, 0, 0, -W % size, 0, -H % size))
+        whole = y.shape[1:3]
+        y = _windows(y.roll((-self.shift, -self.shift), (1, 2)), size)                     # (B, N, size^2, C)
+        q, k, v = (look[name](y).unflatten(3, (self.heads, -1)).transpose(2, 3) for name in ("query", "key", "value"))
+        bias = look.relative_position_bias_table[_steps(size, x.device)].permute(2, 0, 1)  # (heads, size^2, size^2)
+        if self.shift:
+            bias = bias + _strangers(*whole, size, self.shift, x.device)[:, None]          # (N, heads, ...)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                        # (B, N, heads, size^2, d)
+        y = self.attention["output"]["dense"](y.transpose(2, 3).flatten(3))
+        x = x + _from_windows(y, size, *whole).roll((self.shift, self.shift), (1, 2))[:, :H, :W]
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one: (B, H, W, C) -> (B, H / 2, W / 2, 2 C), an odd map padded with a row or a column."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        return self.reduction(self.norm(torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], 3)))
+
+
+class Swin(nn.Module):
+    """pixels (B, 3, H, W) -> four maps (B, C 2^i, H / 2^(2+i), W / 2^(2+i)), sizes rounded up, each with its norm."""
+
+    def __init__(self, embed_dim, depths, num_heads, window_size):
+        super().__init__()
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        self.embeddings = nn.ModuleDict({
+            "patch_embeddings": nn.ModuleDict({"projection": nn.Conv2d(3, embed_dim, 4, stride=4)}),
+            "norm": nn.LayerNorm(embed_dim)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList()})
+        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(
+                SwinBlock(dim, heads, window_size, j % 2 * (window_size // 2)) for j in range(depth))})
+            if i + 1 < len(dims):
+                stage["downsample"] = PatchMerging(dim)
+            self.encoder["layers"].append(stage)
+        self.hidden_states_norms = nn.ModuleDict({f"stage{i}": nn.LayerNorm(dim) for i, dim in enumerate(dims, 1)})
+
+    def forward(self, pixels):
+        pixels = F.pad(pixels, (0, -pixels.shape[3] % 4, 0, -pixels.shape[2] % 4))
+        x = self.embeddings["patch_embeddings"]["projection"](pixels).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, C)
+        x, maps = self.embeddings["norm"](x), []
+        for stage, norm in zip(self.encoder["layers"], self.hidden_states_norms.values()):
+            for block in stage["blocks"]:
+                x = block(x)
+            maps.append(norm(x).permute(0, 3, 1, 2))
+            x = stage["downsample"](x) if "downsample" in stage else x
+        return maps
+
+
+def sine_places(h, w, dim, device=None):
+    """Where each pixel of a map is, (h w, dim): half of the channels tell its row, half its column.
+
+    Row i of h becomes sin(a r_k), cos(a r_k) for a = 2 pi (i + 1) / h and r_k = 10000^(-4 k / dim), k < dim / 4.
+    """
+    rate = 10000**(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))               # (dim / 4,)
+
+    def along(n):
+        angle = torch.arange(1, n + 1, device=device)[:, None] / (n + 1e-6) * (2 * math.pi) / rate
+        return torch.stack((angle.sin(), angle.cos()), 2).flatten(1)                       # (n, dim / 2)
+    return torch.cat((along(h).repeat_interleave(w, 0), along(w).repeat(h, 1)), 1)
+
+
+def deformable_attention(maps, places, weights):
+    """sum_lk weights_lk maps_l(places_lk): every query's own few points on several maps, between their pixels.
+
+    maps: L tensors (B, heads, d, h_l, w_l); places: (B, N, heads, L, K, 2) as (x, y), the map's corners at 0 and 1;
+    weights: (B, N, heads, L, K), the sum over L and K is 1. Bilinear, and 0 outside a map. Returns (B, N, heads d).
+    Source: arXiv:2010.04159, Eq. 3.
+    """
+    B, N, heads = places.shape[:3]
+    total = 0
+    for l, x in enumerate(maps):
+        grid = 2 * places[:, :, :, l].transpose(1, 2).flatten(0, 1) - 1                    # (B heads, N, K, 2)
+        seen = F.grid_sample(x.flatten(0, 1), grid, align_corners=False)                   # (B heads, d, N, K)
+        total = total + (seen * weights[:, :, :, l].transpose(1, 2).flatten(0, 1)[:, None]).sum(3)
+    return total.view(B, -1, N).transpose(1, 2)                                            # (B, N, heads d)
+
+
+class DeformableLayer(nn.Module):
+    """Deformable attention of the pixels of all maps to each other, a feed-forward, each with its norm behind it."""
+
+    def __init__(self, dim, heads, mlp, levels=3, points=4):
+        super().__init__()
+        self.shape = heads, levels, points
+        n = heads * levels * points
+        self.self_attn = nn.ModuleDict({
+            "sampling_offsets": nn.Linear(dim, 2 * n), "attention_weights": nn.Linear(dim, n),
+            "value_proj": nn.Linear(dim, dim), "output_proj": nn.Linear(dim, dim)})
+        self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
+        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, where, sizes):
+        """x: (B, N, D), the maps' pixels one after the other; where: (N, D) tells them apart; sizes: [(h, w)]."""
+        heads, attn = self.shape[0], self.self_attn
+        values = attn["value_proj"](x).unflatten(2, (heads, -1)).permute(0, 2, 3, 1)       # (B, heads, d, N)
+        maps = [v.unflatten(3, size) for v, size in zip(values.split([h * w for h, w in sizes], 3), sizes)]
+        offset = attn["sampling_offsets"](x + where).unflatten(2, (*self.shape, 2))        # in pixels of each map
+        weights = attn["attention_weights"](x + where).unflatten(2, (heads, -1)).softmax(3).unflatten(3, self.shape[1:])
+        here = torch.cat([torch.cartesian_prod(*((torch.arange(n, device=x.device) + .5) / n for n in size))
+                          for size in sizes]).flip(1)                                      # (N, 2) as (x, y)
+        scale = torch.tensor(sizes, device=x.device).flip(1)[:, None]                      # (L, 1, 2)
+        y = deformable_attention(maps, here[:, None, None, None] + offset / scale, weights)
+        x = self.self_attn_layer_norm(x + attn["output_proj"](y))
+        return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
+
+
+class PixelDecoder(nn.Module):
+    """Swin's maps -> its three coarse ones, mixed, 1/32 first, (B, D, h, w); and the map of 1/4 that masks come of."""
+
+    def __init__(self, channels, dim, mask_dim, heads, mlp, layers):
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(3, dim))
+        self.input_projections = nn.ModuleList(nn.Sequential(nn.Conv2d(c, dim, 1), nn.GroupNorm(32, dim))
+                                               for c in channels[:0:-1])
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(DeformableLayer(dim, heads, mlp) for _ in range(layers))})
+        self.adapter_1 = nn.Sequential(nn.Conv2d(channels[0], dim, 1, bias=False), nn.GroupNorm(32, dim))
+        self.layer_1 = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(32, dim), nn.ReLU())
+        self.mask_projection = nn.Conv2d(dim, mask_dim, 1)
+
+    def forward(self, maps):
+        levels = [project(x) for project, x in zip(self.input_projections, maps[::-1])]    # (B, D, h, w), coarse first
+        sizes = [tuple(x.shape[2:]) for x in levels]
+        where = torch.cat([sine_places(*size, x.shape[1], x.device) + level
+                           for size, x, level in zip(sizes, levels, self.level_embed)])    # (N, D)
+        x = torch.cat([x.flatten(2) for x in levels], 2).mT                                # (B, N, D)
+        for layer in self.encoder["layers"]:
+            x = layer(x, where, sizes)
+        levels = [y.mT.unflatten(2, size) for y, size in zip(x.split([h * w for h, w in sizes], 1), sizes)]
+        fine = self.adapter_1(maps[0])
+        fine = fine + F.interpolate(levels[-1], fine.shape[2:], mode="bilinear")
+        return levels, self.mask_projection(self.layer_1(fine))
+
+
+class MaskedAttention(nn.Module):
+    """Attention of queries (B, Q, D) to pixels (B, N, D) where near (B, Q, N) is True; MultiheadAttention's names."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.out_proj = heads, nn.Linear(dim, dim)
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * dim, dim) * dim**-.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+
+    def forward(self, q, k, v, near):
+        parts = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (_heads(F.linear(*part), self.heads) for part in parts)                  # (B, heads, N, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=near[:, None])
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class QueryAttention(nn.Module):
+    """Attention of the queries (B, Q, D) to each other; `who` (Q, D) tells them apart."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x, who):
+        q, k, v = (_heads(y, self.heads) for y in (self.q_proj(x + who), self.k_proj(x + who), self.v_proj(x)))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class QueryLayer(nn.Module):
+    """The queries look at the pixels, at each other, and think; each with its norm behind it."""
+
+    def __init__(self, dim, heads, mlp):
+        super().__init__()
+        self.cross_attn, self.self_attn = MaskedAttention(dim, heads), QueryAttention(dim, heads)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
+        self.cross_attn_layer_norm, self.self_attn_layer_norm, self.final_layer_norm = (
+            nn.LayerNorm(dim) for _ in range(3))
+
+    def forward(self, x, who, pixels, where, near):
+        x = self.cross_attn_layer_norm(x + self.cross_attn(x + who, pixels + where, pixels, near))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, who))
+        return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
+
+
+class QueryDecoder(nn.Module):
+    """The pixel decoder's maps -> the queries' states (B, Q, D), normed, and their mask logits (B, Q, h, w)."""
+
+    def __init__(self, dim, mask_dim, heads, mlp, layers, queries):
+        super().__init__()
+        self.queries_embedder, self.queries_features = nn.Embedding(queries, dim), nn.Embedding(queries, dim)
+        self.level_embed = nn.Embedding(3, dim)
+        embedder = nn.Sequential(*(nn.Sequential(nn.Linear(dim, n), act) for n, act in (
+            (dim, nn.ReLU()), (dim, nn.ReLU()), (mask_dim, nn.Identity()))))
+        self.decoder = nn.ModuleDict({
+            "layers": nn.ModuleList(QueryLayer(dim, heads, mlp) for _ in range(layers)),
+            "layernorm": nn.LayerNorm(dim), "mask_predictor": nn.ModuleDict({"mask_embedder": embedder})})
+
+    def read(self, x, fine):
+        x = self.decoder["layernorm"](x)
+        return x, torch.einsum("bqd,bdhw->bqhw", self.decoder["mask_predictor"]["mask_embedder"](x), fine)
+
+    def forward(self, levels, fine):
+        sizes = [y.shape[2:] for y in levels]
+        pixels = [y.flatten(2).mT + level for y, level in zip(levels, self.level_embed.weight)]            # (B, N, D)
+        where = [sine_places(*size, self.level_embed.embedding_dim, fine.device) for size in sizes]        # (N, D)
+        x, who = self.queries_features.weight.expand(len(fine), -1, -1), self.queries_embedder.weight
+        state, masks = self.read(x, fine)
+        for i, layer in enumerate(self.decoder["layers"]):
+            l = i % 3                                                  # 1/32, 1/16, 1/8, 1/32, ...
+            near = F.interpolate(masks, sizes[l], mode="bilinear").flatten(2).sigmoid() >= .5              # (B, Q, N)
+            near = near | ~near.any(2, keepdim=True)                   # a query without a mask looks everywhere
+            x = layer(x, who, pixels[l], where[l], near)
+            state, masks = self.read(x, fine)
+        return state, masks
+
+
+class Mask2Former(nn.Module):
+    """pixels (B, 3, H, W), from `detector_pixels` -> logits (B, Q, classes + 1), masks (B, Q, H / 4, W / 4), logits.
+
+    The last class is "no object". The options are those of transformers' config.json; the defaults are Swin-S on COCO,
+    facebook/mask2former-swin-small-coco-instance: 68,739,547 parameters. transformers 5 counts 68,741,083, with a norm
+    of 1,536 that nothing uses. Raises ValueError for an option that is not implemented.
+    """
+    SWIN = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), window_size=7)
+
+    def __init__(self, backbone_config=None, id2label=range(80), feature_size=256, mask_feature_size=256,
+                 hidden_dim=256, encoder_feedforward_dim=1024, dim_feedforward=2048, encoder_layers=6,
+                 decoder_layers=10, num_attention_heads=8, num_queries=100, **others):
+        super().__init__()
+        given = dict(backbone_config or {})
+        fixed = dict(pre_norm=False, enforce_input_projection=False, common_stride=4, activation_function="relu",
+                     hidden_dim=feature_size, model_type="swin", patch_size=4, mlp_ratio=4, qkv_bias=True,
+                     hidden_act="gelu", use_absolute_embeddings=False, layer_norm_eps=1e-5)
+        asked = {**others, "hidden_dim": hidden_dim, "model_type": "swin", **given}
+        for key, value in fixed.items():
+            if asked.get(key, value) != value:
+                raise ValueError(f"this Mask2Former has {key}={value!r}, the configuration asks for {asked[key]!r}")
+        swin = {key: given.get(key, value) for key, value in self.SWIN.items()}
+        dims = [swin["embed_dim"] * 2**i for i in range(4)]
+        self.model = nn.ModuleDict({
+            "pixel_level_module": nn.ModuleDict({"encoder": Swin(**swin), "decoder": PixelDecoder(
+                dims, feature_size, mask_feature_size, num_attention_heads, encoder_feedforward_dim, encoder_layers)}),
+            "transformer_module": QueryDecoder(hidden_dim, mask_feature_size, num_attention_heads, dim_feedforward,
+                                               decoder_layers - 1, num_queries)})
+        self.class_predictor = nn.Linear(hidden_dim, len(id2label) + 1)
+
+    def forward(self, pixels):
+        part = self.model["pixel_level_module"]
+        state, masks = self.model["transformer_module"](*part["decoder"](part["encoder"](pixels)))
+        return self.class_predictor(state), masks
+
+
+# mmdet's names -> transformers', one rule after the other. Made by reading mmdet 2.x, whose checkpoint is GenEval's own
+# detector, and tested on names that were made up from the same reading: no such file has been loaded here.
+_SWIN, _PIXELS, _QUERIES = ("model.pixel_level_module.encoder.", "model.pixel_level_module.decoder.",
+                            "model.transformer_module.")
+MMDET = (
+    (r"^backbone\.patch_embed\.projection", _SWIN + "embeddings.patch_embeddings.projection"),
+    (r"^backbone\.patch_embed\.norm", _SWIN + "embeddings.norm"),
+    (r"^backbone\.norm(\d)", lambda m: f"{_SWIN}hidden_states_norms.stage{int(m[1]) + 1}"),
+    (r"^backbone\.stages", _SWIN + "encoder.layers"),
+    (r"(blocks\.\d+)\.norm1", r"\1.layernorm_before"), (r"(blocks\.\d+)\.norm2", r"\1.layernorm_after"),
+    (r"attn\.w_msa\.proj", "attention.output.dense"), (r"attn\.w_msa", "attention.self"),
+    (r"(blocks\.\d+)\.ffn\.layers\.0\.0", r"\1.intermediate.dense"),
+    (r"(blocks\.\d+)\.ffn\.layers\.1", r"\1.output.dense"),
+    (r"^panoptic_head\.pixel_decoder\.input_convs", _PIXELS + "input_projections"),
+    (r"^panoptic_head\.pixel_decoder\.lateral_convs\.0", _PIXELS + "adapter_1"),
+    (r"^panoptic_head\.pixel_decoder\.output_convs\.0", _PIXELS + "layer_1"),
+    (r"\.conv\.", ".0."), (r"\.gn\.", ".1."),
+    (r"^panoptic_head\.pixel_decoder\.level_encoding\.weight", _PIXELS + "level_embed"),
+    (r"^panoptic_head\.pixel_decoder\.mask_feature", _PIXELS + "mask_projection"),
+    (r"^panoptic_head\.pixel_decoder\.encoder\.(layers\.\d+)\.attentions\.0", _PIXELS + r"encoder.\1.self_attn"),
+    (r"^panoptic_head\.pixel_decoder\.encoder\.(layers\.\d+)\.norms\.0", _PIXELS + r"encoder.\1.self_attn_layer_norm"),
+    (r"^panoptic_head\.pixel_decoder\.encoder\.(layers\.\d+)\.norms\.1", _PIXELS + r"encoder.\1.final_layer_norm"),
+    (r"^panoptic_head\.pixel_decoder\.encoder", _PIXELS + "encoder"),
+    (r"^panoptic_head\.transformer_decoder\.post_norm", _QUERIES + "decoder.layernorm"),
+    (r"^panoptic_head\.transformer_decoder", _QUERIES + "decoder"),
+    (r"attentions\.0\.attn", "cross_attn"), (r"attentions\.1\.attn", "self_attn"),
+    (r"norms\.0", "cross_attn_layer_norm"), (r"norms\.1", "self_attn_layer_norm"), (r"norms\.2", "final_layer_norm"),
+    (r"ffns\.0\.layers\.0\.0", "fc1"), (r"ffns\.0\.layers\.1", "fc2"),
+    (r"^panoptic_head\.query_embed", _QUERIES + "queries_embedder"),
+    (r"^panoptic_head\.query_feat", _QUERIES + "queries_features"),
+    (r"^panoptic_head\.level_embed", _QUERIES + "level_embed"), (r"^panoptic_head\.cls_embed", "class_predictor"),
+    (r"^panoptic_head\.mask_embed\.([024])",
+     lambda m: f"{_QUERIES}decoder.mask_predictor.mask_embedder.{int(m[1]) // 2}.0"))
+
+
+def from_mmdet(key, tensor):
+    """One tensor of mmdet under transformers' names: [(name, tensor)], three where q, k and v are stacked."""
+    name = functools.reduce(lambda name, rule: re.sub(*rule, name), MMDET, key)
+    if ".downsample." in name:       # the four neighbours' channels: c row column there, column row c here
+        tensor = tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+    stacked = re.fullmatch(r"(.+\.)(?:self\.qkv\.|self_attn\.in_proj_)(weight|bias)", name)
+    if not stacked:
+        return [(name, tensor)]
+    parts = ("query", "key", "value") if "qkv" in name else ("q_proj", "k_proj", "v_proj")
+    start = stacked[1] + ("self." if "qkv" in name else "self_attn.")
+    return [(f"{start}{part}.{stacked[2]}", x) for part, x in zip(parts, tensor.chunk(3))]
+
+
+def detector_pixels(images, long=1333, short=800, divisor=32):
+    """Images (B, 3, H, W), RGB in [0, 1], as mmdet's test pipeline shows them to the detector.
+
+    8 bits; bilinear, without antialias, to a long side of at most `long` and a short side of at most `short`; 8 bits
+    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; ImageNet's mean and deviation; zeros
+    right and below, to multiples of `divisor`. Returns pixels (B, 3, H', W') and the size (h, w) inside the padding.
+
+    Channels are in the order red, green, blue, which the networks were trained with. The reward servers of Flow-GRPO
+    and DGPO hand RGB to a function that takes BGR: their detector sees red and blue exchanged. That is not copied.
+    """
+    H, W = images.shape[2:]
+    scale = min(long / max(H, W), short / min(H, W))
+    h, w = (max(int(n * scale + .5), 1) for n in (H, W))
+    x = F.interpolate((images.float() * 255).round().clamp(0, 255), (h, w), mode="bilinear").round()
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((123.675, 116.28, 103.53),
+                                                                            (58.395, 57.12, 57.375)))
+    return F.pad((x - mean) / std, (0, -w % divisor, 0, -h % divisor)), (h, w)
+
+
+def instances(logits, masks, padded, inner, size, least=0., most=100):
+    """One image's objects from the detector's output, as mmdet finds them; not as transformers, whose masks are 384^2.
+
+    logits: (Q, classes + 1); masks: (Q, h, w) logits; padded, inner: the sizes of the pixels with and without padding;
+    size: (H, W) of the image. The `most` best pairs of a query and a class are objects, of the same mask many times if
+    need be: nothing is suppressed. score = P(class) x mean of sigmoid(mask) where the mask is > 0.
+    Returns scores (n,), labels (n,) int64, boxes (n, 4) int64 as (x0, y0, x1, y1), x1 and y1 just outside, 0 for an
+    empty mask, and masks (n, H, W) bool; those with a score > least, in the order of P(class). Source: mmdet's
+    MaskFormerFusionHead.
+    """
+    chance = logits.softmax(1)[:, :-1]
+    best, at = chance.flatten().topk(min(most, chance.numel()))
+    best, at = best[best > least], at[best > least]                    # a mask's quality is at most 1
+    query, label = at // chance.shape[1], at % chance.shape[1]
+    x = F.interpolate(masks[query][:, None], padded, mode="bilinear")[:, :, :inner[0], :inner[1]]
+    x = F.interpolate(x, size, mode="bilinear")[:, 0]                                      # (n, H, W), n may be 0
+    inside = x > 0
+    score = best * (x.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    sides = []
+    for along in (inside.any(1), inside.any(2)):                                           # (n, W), (n, H)
+        along = along.int()
+        sides.append((along.argmax(1), (along.shape[1] - along.flip(1).argmax(1)) * along.amax(1)))
+    box = torch.stack([side[end] for end in (0, 1) for side in sides], 1)                  # (n, 4)
+    keep = score > least
+    return score[keep], label[keep], box[keep], inside[keep]
+
+
+# =====================================================================================================================
+# GenEval's engine
+# =====================================================================================================================
+# What score_detections needs: objects by Mask2Former, their colours by CLIP. weights/mask2former holds one detector:
+# transformers' model.safetensors and its config.json, or mmdet's .pth, which the benchmark and the papers use. They
+# are two training runs of one network and their scores differ a little: say which, find.engine does.
+
+SURE = .3                                     # a detection's least score; counting asks for more, in score_detections
+UNUSED = ("relative_position_index", "criterion.empty_weight",         # in files, and nothing to a detection
+          "encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")                  # transformers 5 adds these
+PHRASES = "a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object"     # colour, class
+
+
+@functools.cache
+def read_detector(directory, device="cpu"):
+    """The Mask2Former in a directory, from transformers' or mmdet's file. Raises ValueError where both are."""
+    files = [directory / name for name in ("model.safetensors", MMDET_FILE) if (directory / name).is_file()]
+    if len(files) != 1:
+        raise ValueError(f"{directory} holds {' and '.join(file.name for file in files) or 'no detector'}, and their "
+                         f"scores differ: leave one there")
+    config, convert = {}, from_mmdet
+    if files[0].suffix == ".safetensors":
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory / 'config.json'} is missing, which says what model.safetensors holds. Both "
+                             f"come by: {DOWNLOADS['mask2former'][1].replace('{}', str(directory))}")
+        config, convert = models.read_json(directory / "config.json"), lambda key, tensor: [(key, tensor)]
+    with torch.device("meta"):
+        net = Mask2Former(**config)
+    if net.class_predictor.out_features != len(data.OBJECTS) + 1:
+        raise ValueError(f"{directory} holds a detector of {net.class_predictor.out_features - 1} classes, not of "
+                         f"COCO's {len(data.OBJECTS)}, which GenEval asks for")
+    net = read_weights(net, files[0], device, convert, UNUSED)
+    net.file = files[0]
+    return net
+
+
+def check_meta(meta):
+    """Raises ValueError, in one line, for a meta that GenEval's engine cannot hold an image against."""
+    if not isinstance(meta, dict) or "include" not in meta:
+        raise ValueError("GenEval needs a meta with 'include', what to look for, as data.prompts('geneval', 'train') "
+                         f"makes them, not {meta!r:.200}")
+    for clauses in [meta["include"]] + ([meta["exclude"]] if meta.get("exclude") else []):
+        for need in clauses if isinstance(clauses, (list, tuple)) else ():
+            if isinstance(need, dict) and need.get("class") not in data.OBJECTS:
+                raise ValueError(f"GenEval's detector knows COCO's 80 classes, data.OBJECTS, not {need.get('class')!r}")
+            if isinstance(need, dict) and need.get("color", "red") not in data.PAINTS:
+                raise ValueError(f"GenEval tells {', '.join(data.PAINTS)} apart, not {need['color']!r}")
+        _clauses({"include": clauses})
+
+
+@functools.cache
+def geneval_engine(weights=None, device="cpu", batch=8):
+    """A function find(images (B, 3, H, W), metas) -> for each image the detections that score_detections reads.
+
+    Objects of all classes that score > SURE, best first. Where a meta asks for a color, the best of that class, as many
+    as it asks for, have theirs: the others' no rule reads. It is the nearest of ten by CLIP ViT-L/14, of the image with
+    all but the object's mask painted grey (#999) and cropped to its box; a colour's text is the mean of PHRASES. The
+    official code runs this CLIP in half precision, here it is float32. find.engine says whose detector it is.
+    find raises ValueError for a meta that check_meta refuses and for images that have not three channels.
+    """
+    net = read_detector(weights_of("mask2former", weights), device)
+    directory = weights_of("clip-l14", weights)
+    clip, tokenize = read_clip(directory, "L/14", device), models.CLIPTokenizer(directory)
+
+    @functools.cache
+    def paints(noun):
+        ids = tokenize([phrase.format(paint, noun) for paint in data.PAINTS for phrase in PHRASES])
+        text = clip.text(ids.to(device)).unflatten(0, (-1, len(PHRASES)))                  # (10, 3, P)
+        return F.normalize(text.mean(1), dim=1)                                            # (10, P)
+
+    @torch.no_grad()
+    def find(images, metas):
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(metas):
+            raise ValueError(f"GenEval's images must be (B, 3, H, W) with a meta each, not {tuple(images.shape)} with "
+                             f"{len(metas)}: convert grey or RGBA ones to RGB first")
+        for meta in metas:
+            check_meta(meta)
+        found, crops = [], []
+        for start in range(0, len(images), batch):
+            x = images[start:start + batch].to(device).float().nan_to_num(0)
+            pixels, inner = detector_pixels(x)
+            for image, meta, *output in zip(x, metas[start:start + batch], *net(pixels)):
+                score, label, box, mask = instances(*output, pixels.shape[2:], inner, image.shape[1:], SURE)
+                order = score.argsort(descending=True)
+                rows = [{"class": data.OBJECTS[k], "score": s, "box": tuple(b), "mask": m} for k, s, b, m in zip(
+                    label[order].tolist(), score[order].tolist(), box[order].tolist(), mask[order])]
+                for need in meta["include"]:
+                    best = [row for row in rows if row["class"] == need["class"]][:need["count"]]
+                    for row in best if "color" in need else ():
+                        x0, y0, x1, y1 = row["box"]
+                        crop = torch.where(row["mask"], image, .6)[None, :, y0:y1, x0:x1]  # .6 is #999
+                        crops.append((row, clip_pixels(crop, clip.size)))                  # (1, 3, S, S)
+                found.append(rows)
+        for start in range(0, len(crops), 8 * batch):                  # crops are small, 224 x 224
+            some = crops[start:start + 8 * batch]
+            for (row, _), feature in zip(some, clip.image(torch.cat([crop for _, crop in some]))):
+                row["color"] = data.PAINTS[(paints(row["class"]) @ feature).argmax()]
+        return [[{key: value for key, value in row.items() if key != "mask"} for row in rows] for rows in found]
+
+    trained = "mmdet's" if net.file.name == MMDET_FILE else "transformers'"
+    find.engine = f"Mask2Former Swin-S, {trained} weights; colours by CLIP ViT-L/14"
+    return find
+
+
+def geneval(weights=None, device="cpu", key="score", **flags):
+    """A reward of score_detections: its "score" (continuous; trained with), "strict" or "correct" (the benchmark).
+
+    flags: its thresholds and its two quirks, as published by default. An image that is not finite scores NaN.
+    """
+    find = geneval_engine(weights, device)
+
+    def reward(images, prompts, metas):
+        values = torch.tensor([score_detections(found, meta, **flags)[key]
+                               for found, meta in zip(find(images, metas), metas)], device=images.device)
+        return values.masked_fill(~images.isfinite().flatten(1).all(1), math.nan)
+    return reward
+
+
+def write_geneval(folder, index, meta, images, first=0):
+    """Write images of prompt `index` where GenEval's own scripts look for them, so that they can score them too.
+
+    folder/00000/metadata.jsonl is the meta, folder/00000/samples/0000.png and so on the images (n, 3, H, W) in [0, 1],
+    numbered from `first`. Raises ValueError for an image that is not finite: a picture cannot show that.
+    """
+    if not images.isfinite().all():
+        raise ValueError(f"an image of {meta['prompt']!r} is not finite and cannot be written as a picture")
+    place = pathlib.Path(folder) / f"{index:05}"
+    (place / "samples").mkdir(parents=True, exist_ok=True)
+    (place / "metadata.jsonl").write_text(json.dumps(meta), encoding="utf-8")
+    arrays = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for i, array in enumerate(arrays, first):
+        Image.fromarray(array).save(place / "samples" / f"{i:04}.png")
+
+
+def score_geneval(folder, weights=None, device="cpu", batch=32):
+    """Score a folder in GenEval's layout, and write folder/results.jsonl, which GenEval's summary_scores.py reads.
+
+    Returns its rows, one an image: filename, tag, prompt, correct and strict (bool), score, metadata and details (JSON
+    in strings; the second is the boxes and scores of each class), engine. Raises ValueError for what cannot be read.
+    """
+    folder, find, rows = pathlib.Path(folder), geneval_engine(weights, device), []
+    for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
+        try:
+            meta = json.loads((place / "metadata.jsonl").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"cannot read {place / 'metadata.jsonl'}: {e}") from None
+        rows += [(path, meta) for path in sorted((place / "samples").glob("*.png"))]
+    if not rows:
+        raise ValueError(f"{folder} holds no images in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
+    results = []
+    bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
+    for start in range(0, len(rows), batch):
+        pictures = [np.array(_open(path)) for path, _ in rows[start:start + batch]]        # (H, W, 3) uint8
+        for shape, group in itertools.groupby(zip(pictures, rows[start:start + batch]), lambda pair: pair[0].shape):
+            pictures_of, some = zip(*group)
+            images = torch.from_numpy(np.stack(pictures_of)).permute(0, 3, 1, 2).float() / 255
+            for (path, meta), found in zip(some, find(images, [meta for _, meta in some])):
+                got, details = score_detections(found, meta), {}
+                for d in found:
+                    details.setdefault(d["class"], []).append([*d["box"], d["score"]])
+                results.append({"filename": str(path), "tag": meta["tag"], "prompt": meta["prompt"],
+                                "correct": got["correct"] == 1, "strict": got["strict"] == 1, "score": got["score"],
+                                "metadata": json.dumps(meta), "details": json.dumps(details), "engine": find.engine})
+            bar.update(len(some))
+    content = "".join(json.dumps(row) + "\n" for row in results)
+    data.write_atomic(folder / "results.jsonl", content.encode())
+    return results
+
+
+def geneval_table(rows):
+    """The benchmark's result as lines of text: what geneval_summary makes of the rows of score_geneval."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["tag"], []).append(row["correct"])
+    summary = geneval_summary(rows)
+    lines = [f"{'task':<16}{'right':>7}{'images':>8}{'share':>9}"]
+    lines += [f"{tag:<16}{sum(some):>7}{len(some):>8}{summary[tag]:>9.2%}" for tag, some in right.items()]
+    return "\n".join(lines + [f"{name.replace('_', ' '):<31}{summary[name]:>9.4f}"
+                              for name in ("overall", "correct_images", "correct_prompts")])
+
+
+# =====================================================================================================================
 # Names
 # =====================================================================================================================
 REWARDS = {
@@ -996,9 +1580,12 @@ REWARDS = {
     "clip-dfn": clip_reward("clip-dfn", "H/14-378", lambda cosine, scale: cosine, "pil", open_clip_text),
     "clipscore": clip_reward("clip-l14", "L/14", lambda cosine, scale: scale * cosine / 30, "bilinear"),   # DGPO's
     "aesthetic": aesthetic,
-    "imagereward": imagereward}
+    "imagereward": imagereward,
+    "geneval": geneval,                                                                              # continuous
+    "geneval-strict": functools.partial(geneval, key="strict"),                                      # 0 or 1
+    "geneval-correct": functools.partial(geneval, key="correct")}                                    # the benchmark's
 ENGINES = {   # rewards whose rule is here, and what they still need to look at an image
-    "geneval": "a detector that calls score_detections", "ocr": "a reader of text that calls ocr_score"}
+    "ocr": "a reader of text that calls ocr_score"}
 
 
 # =====================================================================================================================
