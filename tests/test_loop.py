@@ -538,8 +538,8 @@ def test_a_kl_holds_the_velocity(flags):
 
 
 def test_the_times_below_the_clip_are_held(flags, monkeypatch):
-    """hold_error sees a quarter of each group at times below hold_below, is 0 until the weights move, and keeps them near
-    the start where it is in the loss."""
+    """hold_error sees a quarter of each group at times below hold_below, is 0 until the weights move, and keeps them
+    near the start where it is in the loss."""
     seen, honest = [], dgpo.hold_error
 
     def spy(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
@@ -557,7 +557,7 @@ def test_the_times_below_the_clip_are_held(flags, monkeypatch):
     free, held = (run(dgpo, flags(out=str(hold), hold=hold, **settings))[1][-2]["hold"] for hold in (1e-9, 100.0))
     assert 0 < held < free / 5, (free, held)
     t = torch.cat([t for t, _ in seen])
-    assert len(t) == 2 * 10 * 2 * 2 * 2 and 0 <= t.min() < .05 and .35 < t.max() < .4      # runs, steps, updates, groups
+    assert len(t) == 2 * 10 * 2 * 2 * 2 and 0 <= t.min() < .05 and .35 < t.max() < .4  # runs, steps, updates, groups
     assert (seen[0][1] == 0).all() and (seen[-1][1] > 0).all()
     seen.clear()
     assert run(dgpo, flags(out="off", hold=0.0))[1][-2]["hold"] == 0 and not seen
