@@ -422,8 +422,9 @@ def _shapes(pick):
 # =====================================================================================================================
 # GenEval and OCR: from what an engine has found in an image to its score
 # =====================================================================================================================
-# Pure functions of detections and of texts. The engines that read have a chapter below; the detector with a classifier
-# of colours is not there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470, whose rewards DGPO uses.
+# Pure functions of detections and of texts. The engines that read have a chapter of their own, OCR; the detector with
+# a classifier of colours is not there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO,
+# arXiv:2505.05470, whose rewards DGPO uses.
 
 def relations(a, b, margin=.1):
     """Where box a lies, seen from box b: the names of data.RELATIONS that hold, at most two of them.
@@ -1445,10 +1446,11 @@ def reading_order(boxes):
 class EasyOCR:
     """CRAFT and CRNN with EasyOCR's English weights and thresholds: as PPOCR, but words, and no confidence drops one.
 
-    Text is where a map exceeds TEXT or LINK; a word's best character exceeds SURE. Words are put in order along their
-    own direction, so that a slanted line keeps together.
+    Text is where a map exceeds TEXT or LINK; a word's best character exceeds SURE; a word with less contrast than FAINT
+    is stretched. Words are put in order along their own direction, so that a slanted line keeps together. It is no copy
+    of EasyOCR, which joins near words before it reads them: punctuation between words is at times lost or misread.
     """
-    name, LONGEST, TEXT, LINK, SURE = "CRAFT + CRNN", 2560, .4, .4, .7
+    name, LONGEST, TEXT, LINK, SURE, FAINT = "CRAFT + CRNN", 2560, .4, .4, .7, .4
     MEAN, STD = (.485, .456, .406), (.229, .224, .225)
     characters = ["", *string.digits, *string.punctuation, *" \u20ac", *string.ascii_uppercase, *string.ascii_lowercase]
 
@@ -1481,8 +1483,11 @@ class EasyOCR:
         """A box as the reader wants it, (1, 64, W), the last column repeated to a width that is shared."""
         width, height = (box[1] - box[0]).norm(), (box[3] - box[0]).norm()
         W = max(math.ceil(64 * width / height), 1)
-        line = crop(image, box, 64, W) * 2 - 1
-        return F.pad(line, (0, -(-W // 64) * 64 - W), mode="replicate")
+        line = crop(image, box, 64, W)
+        low, high = line.flatten().quantile(line.new_tensor((.1, .9)))
+        if high - low < self.FAINT * (high + low):
+            line = ((line - low + .1) * .8 / (high - low).clamp(min=.04)).clamp(0, 1)
+        return F.pad(line * 2 - 1, (0, -(-W // 64) * 64 - W), mode="replicate")
 
     @torch.no_grad()
     def __call__(self, images):
@@ -1503,7 +1508,7 @@ def ocr_target(prompt, meta=None):
 
 
 def ocr_reward(name, engine, most=8):
-    """A maker of the reward ocr_score(what an engine reads in the image, what its prompt asks for), most images at once.
+    """A maker of the reward ocr_score(what an engine reads in an image, what its prompt asks for), `most` at once.
 
     Characters of the target that the engine does not know are taken out of it; reward.dropped counts them, and the
     first are said on stderr. A prompt of which nothing is left is a ValueError. An image that is not finite scores NaN.
