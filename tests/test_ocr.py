@@ -1,4 +1,5 @@
 """Text in images: PP-OCRv4 against onnxruntime, both engines on rendered signs, the OCR reward and what it refuses."""
+import collections
 import contextlib
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import dgpo
@@ -23,12 +25,12 @@ FONTS = ("", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "De
 TEXTS = (                                                              # | begins a new line of the sign
     "Happy Garden", "Welcome to|Silent Harbor", "Open Today", "The Lucky|Theater", "No Parking", "Fresh Coffee",
     "Since 1985", "Electric|Dreams", "Do Not Panic", "Golden Bakery", "Exit 42", "Northern|Library", "QUIET PLEASE",
-    "Happy 30th|Birthday", "Wild River", "Royal Kitchen", "50% OFF", "Beware of|the dog", "Planet Nine", "Final Station",
-    "Hello World", "Machine|Learning", "Broken Summer", "Gentle Market")
+    "Happy 30th|Birthday", "Wild River", "Royal Kitchen", "50% OFF", "Beware of|the dog", "Planet Nine",
+    "Final Station", "Hello World", "Machine|Learning", "Broken Summer", "Gentle Market")
 
 
 def sign(i, text, size=320):
-    """A sign (3, size, size): turned by up to 12 degrees, some blurred, faint, light on dark or grainy."""
+    """A sign (3, .6 size, size): turned by up to 12 degrees, some blurred, faint, light on dark or grainy."""
     rng, px = np.random.default_rng(i), 26 + 7 * i % 13
     try:
         font = ImageFont.truetype(FONTS[i % 5] or "none", px)
@@ -46,7 +48,7 @@ def sign(i, text, size=320):
     image.paste(board.rotate(angle, Image.Resampling.BICUBIC), mask=shape.rotate(angle))
     image = image.filter(ImageFilter.GaussianBlur((i % 3) * .7))
     noisy = np.asarray(image) + rng.normal(0, rng.uniform(0, 12), (size, size, 3))
-    return torch.tensor(noisy.round().clip(0, 255) / 255).permute(2, 0, 1).float()
+    return torch.tensor(noisy.round().clip(0, 255) / 255).permute(2, 0, 1).float()[:, size // 5:-(size // 5)]
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +73,21 @@ def joined(lines):
     return "".join(line["text"] for line in lines).replace(" ", "").lower()
 
 
-@pytest.mark.parametrize("name, shape", [("det", (2, 3, 160, 224)), ("rec", (3, 3, 48, 352))])
-def test_the_networks_equal_onnxruntime(name, shape, engines, signs):
-    file = rewards.shipped("ocr", f"ch_PP-OCRv4_{name}_infer.onnx")
-    theirs = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    h, w = shape[2:]
-    x = signs[:shape[0], :, 160 - h // 2:160 + h // 2, :w] * 2 - 1
-    x = torch.nn.functional.pad(x, (0, w - x.shape[3]))
+@pytest.mark.parametrize("name", ("det", "rec"))
+def test_the_networks_equal_onnxruntime(name, engines, signs):
+    """On two signs, and on the lines that are found in four."""
+    engine, images = engines["ocr"], signs.flip(1)
+    if name == "det":
+        net, x = engine.finder, images[:2] * 2 - 1
+    else:
+        lines = [engine.line(image, box) for image, some in zip(images, engine.boxes(images[:4])) for box in some]
+        net, x = engine.reader, torch.stack([F.pad(line, (0, 384 - line.shape[2])) for line in lines])
+    theirs = onnxruntime.InferenceSession(rewards.shipped("ocr", f"ch_PP-OCRv4_{name}_infer.onnx"))
     want = torch.tensor(theirs.run(None, {"x": x.numpy()})[0])
     with torch.no_grad():
-        got = engines["ocr"].finder(x)[:, None] if name == "det" else engines["ocr"].reader(x).exp()
-    assert got.shape == want.shape and want.std() > 1e-3 and want.max() > .5
-    assert (got - want).abs().max() < 1e-5                             # asked for: 1e-3; seen: 6e-6
+        got = net(x)[:, None] if name == "det" else net(x).exp()
+    assert got.shape == want.shape and want.max() > .9
+    assert (got - want).abs().max() < 1e-4                             # seen: 3e-5
 
 
 @EACH
@@ -121,7 +126,7 @@ def test_images_of_any_size(name, home, signs):
         images[1, 0, 0, 0], images[2, 2, -1, -1] = math.nan, math.inf
         got = reward(images, ['"Happy"'] * 3, [{}] * 3).tolist()
         assert got[0] == 0 and math.isnan(got[1]) and math.isnan(got[2])
-    odd = signs[:1, :, 95:231, 1:308]                                  # 136 x 307
+    odd = signs[:1, :, 31:167, 1:308]                                  # 136 x 307
     assert reward(odd, ['"Happy Garden"'], [{}]).tolist() == [1]
     assert reward(signs[:0], [], []).shape == (0,)
 
@@ -148,7 +153,8 @@ def test_a_prompt_that_asks_for_no_text_is_refused(name, home, signs, tmp_path, 
 def test_characters_that_an_engine_does_not_know_are_dropped_counted_and_said_once(home, signs, capsys):
     reward = rewards.REWARDS["ocr-gold"](None, "cpu")
     reward.dropped.clear()
-    got = reward(signs[:1].expand(3, -1, -1, -1), ['"Happy \u732b Garden"', '"Happ\u00e9"', '"\u732bHappy\u732b"'], [{}] * 3)
+    prompts = ['"Happy \u732b Garden"', '"Happ\u00e9"', '"\u732bHappy\u732b"']
+    got = reward(signs[:1].expand(3, -1, -1, -1), prompts, [{}] * 3)
     assert got.tolist() == [1, 1, 1] and reward.dropped == {"\u732b": 3, "\u00e9": 1}
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0 and "CRAFT + CRNN cannot read '\u732b'" in said and "Happy" in said
@@ -244,5 +250,6 @@ def test_dgpo_trains_on_it(home, tmp_path, monkeypatch):
     last = json.loads(said.getvalue().splitlines()[-1])
     assert last["steps"] == 2 and last["images"] == 16 and 0 <= last["eval_after"] <= 1
     rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert len(targets) == 16 + 2 + 2 and all(0 <= row["reward"] <= 1 for row in rows if "reward" in row)
-    assert any(targets[i] != targets[i + 4] for i in range(2, 14, 4)) and len(set(targets[2:6])) == 1
+    assert all(0 <= row["reward"] <= 1 for row in rows if "reward" in row)
+    counts = collections.Counter(targets)                              # two groups a step; two images before and after
+    assert sum(counts.values()) == 16 + 2 + 2 and sorted(n for n in counts.values() if n >= 4) == [4] * 4
