@@ -1665,13 +1665,14 @@ def reward_terms(run, score):
 def advantage_stats(reward, adv, group_size):
     """Where a rollout's gradient comes from. reward, adv: (B,), groups contiguous, NaN marks a failed reward.
 
-    top_decile: the share of sum |A| that the tenth of the images with the largest |A| carry; 0 if all are 0.
-    prompt_std: 0, 25, 50, 75 and 100 % quantiles of the groups' population std of the reward.
+    square: the mean of A^2; top_decile: the share of sum |A| that the tenth of the images with the largest |A| carry, 0
+    if all are 0; prompt_std: 0, 25, 50, 75 and 100 % quantiles of the groups' population std of the reward.
     """
     weight = adv.double().abs().sort(descending=True).values
     std = torch.stack([group[~group.isnan()].std(correction=0) for group in reward.double().view(-1, group_size)
                        if not group.isnan().all()])
-    return {"top_decile": (weight[:-(-len(weight) // 10)].sum() / weight.sum().clamp(min=1e-30)).item(),
+    return {"square": weight.square().mean().item(),
+            "top_decile": (weight[:-(-len(weight) // 10)].sum() / weight.sum().clamp(min=1e-30)).item(),
             "prompt_std": std.quantile(torch.linspace(0, 1, 5, dtype=std.dtype)).tolist()}
 
 
