@@ -2048,7 +2048,7 @@ def move(average, params, weight):
 # ---------------------------------------------------------------------------------------------------------- curvature
 
 def fisher_product(mean, std, params, v):
-    """F v of the Gaussian policy N(mean, std^2), F = J'J / std^2 averaged over images and dimensions, J = dmean/dparams.
+    """F v of the Gaussian policy N(mean, std^2), F = J'J / std^2 averaged over images and dimensions, J = dmean/dp.
 
     mean: (n, C, H, W), twice differentiable in params; v: tensors like params; returns such a list. No matrix is made:
     J v is the derivative in u of J'u, which is linear in u.

@@ -125,8 +125,8 @@ class Config:
         if self.gamma != "auto" and not self.gamma.replace(".", "", 1).isdigit():
             raise ValueError(f"--gamma {self.gamma}: a number such as 0.5, 0 or more, or auto")
         if self.kl_budget <= 0 or self.fisher_every < 0 or self.fisher_images < 1:
-            raise ValueError(f"--kl-budget {self.kl_budget} must be above 0, --fisher-every {self.fisher_every} 0 or more,"
-                             f" --fisher-images {self.fisher_images} 1 or more")
+            raise ValueError(f"--kl-budget {self.kl_budget} must be above 0, --fisher-every {self.fisher_every} 0 or "
+                             f"more, --fisher-images {self.fisher_images} 1 or more")
         if self.fisher_every and (self.fsdp or self.compile):
             raise ValueError("--fsdp and --compile give no second derivatives: --fisher-every 0, and a --gamma by hand")
         self.adv_std = self.adv_std or ("before" if self.gamma == "auto" else "batch")
@@ -517,7 +517,7 @@ def train(cfg):
             v = data.noise((sum(p.numel() for p in params),), cfg.seed, step, "power", device=run.device, dtype=x.dtype)
             trust["lambda_max"], trust["g2"] = models.fisher(policy, trained, few, params, v, run)
         trust["gamma"] = 0.0 if cfg.gamma == "auto" else float(cfg.gamma)              # auto: 0 until a step was seen
-        if cfg.gamma == "auto" and "eta" in trust:
+        if cfg.gamma == "auto" and trust.get("eta"):
             limit = 2 * cfg.kl_budget / (trust["eta"] ** 2 * trust["lambda_max"] * trust["g2"])
             trust["gamma"] = max_gamma(limit, slas_advantage(reward, cfg.group_size, 0.0, std="before"))       # Eq. (7)
         adv = slas_advantage(reward, cfg.group_size, trust["gamma"], cfg.recenter, cfg.adv_std)                # Eq. (6)
