@@ -14,7 +14,8 @@ import data
 import models
 import rewards
 import slas
-from test_command_line import alone, refused, small, test_every_field_is_a_flag_with_a_comment as every_flag  # noqa: F401
+import test_command_line
+from test_command_line import alone, refused, small                    # noqa: F401 (fixtures)
 from test_loop import flags, process, run, same, without_seconds       # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,6 +337,16 @@ def test_two_steps_and_what_they_log(flags, random_model):
     assert "kl" not in other[1]["trust"] and other[1]["grad_norm"] != rows[1]["grad_norm"]
 
 
+def test_the_papers_other_network(flags, tmp_path):
+    """Stable Diffusion's UNet, DDIM's Gaussians, guidance in both passes: curvature and KL as for the flow models."""
+    import pipelines
+    pipelines.save("sd14", tmp_path / "sd14")
+    settings = dict(weights=tmp_path / "sd14", groups=1, updates=1, steps=1, noise_level=1.0, cfg_rollout=2.0,
+                    cfg_train=2.0, train_steps=1, fisher_images=1, resolution=16, eval_images=1)
+    _, rows, _ = run(slas, flags(**settings))
+    assert 0 < rows[1]["trust"]["kl"] < rows[1]["trust"]["bound"] < math.inf
+
+
 def test_auto_gamma_resumes_with_the_same_bits_and_follows_the_budget(flags):
     settings = dict(gamma="auto", steps=3, fisher_every=2, kl_budget=1e6)
     _, rows, state = run(slas, flags(out="whole", **settings))
@@ -416,7 +427,7 @@ def test_bad_input(line, words, small, refused):                       # noqa: F
 
 
 def test_flags(capsys):
-    every_flag.__wrapped__(slas, capsys) if hasattr(every_flag, "__wrapped__") else every_flag(slas, capsys)
+    test_command_line.test_every_field_is_a_flag_with_a_comment(slas, capsys)
 
 
 def test_presets(monkeypatch):
