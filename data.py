@@ -1278,7 +1278,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-        self.stopping, self.norms = False, []
+        self.stopping, self.constant, self.norms = False, False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
         self.shards = None                                            # name of the last checkpoint's
@@ -1415,7 +1415,7 @@ class Run:
             for p, g in zip(params, grads):
                 p.grad = g
             opt.step()
-            self.norms = (self.norms + [norm])[-50:]
+            self.norms = (self.norms + [norm] * (norm > 0))[-50:]     # a median of 0 would skip all that follow
         opt.zero_grad(set_to_none=True)
         self.count["updates"] += 1
         return norm
@@ -1631,7 +1631,41 @@ def masked_reward(run, score, images, prompts, metas):
     Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of the batch.
     """
     reward = scored(run.cfg.reward, score, images, prompts, metas)
-    return masked(run.cfg.reward, run.gather(reward.to(run.device)).cpu())
+    reward = masked(run.cfg.reward, run.gather(reward.to(run.device)).cpu())
+    valid = reward[~reward.isnan()]
+    if not run.constant and valid.min() == valid.max():
+        run.constant = True
+        run.say(f"the reward {run.cfg.reward} is {valid[0]:g} for every image of a rollout: all advantages are 0, "
+                f"nothing is learned from it (said once)")
+    return reward
+
+
+def reward_terms(run, score):
+    """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last rollout.
+
+    Over all processes' images, failed ones left out; std: population. {} for a score of another make.
+    """
+    rows = {}
+    for name, values in getattr(score, "values", {}).items():
+        values = run.gather(values.to(run.device)).double()
+        values = values[values.isfinite()]
+        rows[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(),
+                      "weight": score.weights[name]}
+    return rows
+
+
+def advantage_stats(reward, adv, group_size):
+    """Where a rollout's gradient comes from. reward, adv: (B,), groups contiguous, NaN marks a failed reward.
+
+    square: the mean of A^2; top_decile: the share of sum |A| that the tenth of the images with the largest |A| carry, 0
+    if all are 0; prompt_std: 0, 25, 50, 75 and 100 % quantiles of the groups' population std of the reward.
+    """
+    weight = adv.double().abs().sort(descending=True).values
+    std = torch.stack([group[~group.isnan()].std(correction=0) for group in reward.double().view(-1, group_size)
+                       if not group.isnan().all()])
+    return {"square": weight.square().mean().item(),
+            "top_decile": (weight[:-(-len(weight) // 10)].sum() / weight.sum().clamp(min=1e-30)).item(),
+            "prompt_std": std.quantile(torch.linspace(0, 1, 5, dtype=std.dtype)).tolist()}
 
 
 def image_stats(images, group_size):

@@ -142,7 +142,7 @@ PRESETS = {                                                           # preset -
 
 # =============================================================================================================== math
 
-# == same: advantage (dgpo grpo proxt2i) ==
+# == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
     """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
 
@@ -559,7 +559,7 @@ def train(cfg):
         loss, kl, dsm, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "hold": hold, "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size)}
+               "stats": data.image_stats(images, cfg.group_size), "rewards": data.reward_terms(run, score)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

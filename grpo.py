@@ -120,7 +120,7 @@ class Config:
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
-            ema_every=8,
+            ema_every=8, method="flow",
             minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
@@ -141,7 +141,7 @@ PRESETS = {                                                           # preset -
 
 # =============================================================================================================== math
 
-# == same: advantage (dgpo grpo proxt2i) ==
+# == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
     """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
 
@@ -168,6 +168,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
 # == end ==
 
 
+# == same: KL (grpo slas) ==
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
@@ -179,6 +180,7 @@ def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     if form == "velocity":
         return (v - v_ref).square().mean()
     return (mean - mean_ref).square().mean() / (2 * std ** 2) * (-dt if form == "flow-grpo" else 1)
+# == end ==
 
 
 # ============================================================================================================ sampler
@@ -327,6 +329,7 @@ def evaluate(pipe, rows, score, cfg, run, scale):
 # == end ==
 
 
+# == same: rollout (grpo slas) ==
 def sde_kind(pipe, cfg):
     """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError: a misfit."""
     return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method))
@@ -367,6 +370,7 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
         xs.append(x)
     clean = xs[-2] - ts[-2] * v if cfg.clean_final else xs[-1]         # the last step's x_0hat, or where it arrived
     return torch.stack(xs), logps, clean
+# == end ==
 
 
 # ============================================================================================================== train
@@ -441,6 +445,7 @@ def train(cfg):
         reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
+        spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
@@ -483,7 +488,8 @@ def train(cfg):
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size)}
+               "stats": data.image_stats(images, cfg.group_size),
+               "rewards": data.reward_terms(run, score), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

@@ -2045,6 +2045,49 @@ def move(average, params, weight):
     torch._foreach_lerp_(local(average), local(params), weight)
 
 
+# ---------------------------------------------------------------------------------------------------------- curvature
+
+def fisher_product(mean, std, params, v):
+    """F v of the Gaussian policy N(mean, std^2), F = J'J / std^2 averaged over images and dimensions, J = dmean/dp.
+
+    mean: (n, C, H, W), twice differentiable in params; v: tensors like params; returns such a list. No matrix is made:
+    J v is the derivative in u of J'u, which is linear in u.
+    """
+    u = torch.zeros_like(mean, requires_grad=True)
+    back = torch.autograd.grad(mean, params, u, create_graph=True, materialize_grads=True)             # J'u = 0
+    jv, = torch.autograd.grad(sum((b * x).sum() for b, x in zip(back, v)), u, retain_graph=True)       # (n, C, H, W)
+    return torch.autograd.grad(mean, params, jv / (mean.numel() * std ** 2), materialize_grads=True)
+
+
+def largest_eigenvalue(product, v, steps=12):
+    """The largest eigenvalue of a positive matrix by power iteration from v (n,), product: v -> F v. From below."""
+    for _ in range(steps):
+        v = product(v / v.norm())
+    return v.norm().item()
+
+
+def fisher(policy, steps, images, params, v, run):
+    """(lambda_max of the policy's Fisher matrix, E|grad log pi|^2), the means over images, steps and processes.
+
+    policy(i, images): step i's log-probs (n,) per dimension, mean (n, C, H, W), std, and more; steps, images: lists of
+    indices; v: (parameters,) noise to start from, the same on every process of data's `run`.
+    """
+    def product(v):
+        parts, out = [x.view_as(p) for x, p in zip(v.split([p.numel() for p in params]), params)], torch.zeros_like(v)
+        for i in steps:
+            mean, std = policy(i, images)[1:3]
+            out += torch.cat([g.flatten() for g in fisher_product(mean, std, params, parts)]) / len(steps)
+        return run.sum(out) / run.world
+
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):       # the one that has second derivatives
+        square = torch.zeros((), device=v.device, dtype=v.dtype)
+        for j in images:
+            logp = sum(policy(i, [j])[0].sum() for i in steps) / len(steps)
+            grads = torch.autograd.grad(logp, params, materialize_grads=True)
+            square += sum(g.square().sum() for g in grads) / len(images)
+        return largest_eigenvalue(product, v), (run.sum(square) / run.world).item()
+
+
 MEMORY = {                # family -> GB of one GPU -> images at once in training, gradient checkpointing; LoRA, 512 px
     "sd3": {24: (12, True), 48: (24, True), 80: (16, False), 141: (32, False)},
     "flux": {48: (6, True), 80: (24, True), 141: (48, True)},

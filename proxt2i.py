@@ -160,7 +160,7 @@ def counts(name, text):
 
 # =============================================================================================================== math
 
-# == same: advantage (dgpo grpo proxt2i) ==
+# == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
     """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
 
@@ -655,7 +655,8 @@ def train_rl(cfg):
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size)}
+               "stats": data.image_stats(images, cfg.group_size),
+               "rewards": data.reward_terms(run, score)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)

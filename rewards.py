@@ -55,7 +55,7 @@ def load(spec, weights=None, device="cpu"):
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
-    trainer masks it.
+    trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)}.
     """
     terms = []
     for term in spec.split(","):
@@ -74,7 +74,9 @@ def load(spec, weights=None, device="cpu"):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
             total += factor * values
+            score.values[name] = values.detach()
         return total
+    score.values, score.weights = {}, {name: sum(f for n, f, _ in terms if n == name) for name, *_ in terms}
     return score
 
 

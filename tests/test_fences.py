@@ -47,6 +47,16 @@ def test_fenced_blocks_are_alike():
     assert check(ROOT) >= 4
 
 
+def test_slas_is_grpo_in_all_but_its_own_functions():
+    """All fenced blocks of the one are the other's, and between them they hold every function that both have but train
+    and main."""
+    grpo, slas = (blocks(ROOT / f"{name}.py") for name in ("grpo", "slas"))
+    assert grpo == slas and set(grpo) == {"advantage", "policy loss", "KL", "sampler", "evaluate", "rollout"}
+    fenced = b"".join(body for _, body in slas.values())
+    functions = re.findall(rb"^def (\w+)", (ROOT / "grpo.py").read_bytes(), re.M)
+    assert [name for name in functions if b"def " + name not in fenced] == [b"train", b"main"]
+
+
 @pytest.mark.parametrize("a, b, problem", (
     ("# == same: x (a b) ==\n1\n# == end ==\n", "# == same: x (a b) ==\n2\n# == end ==\n", "differs"),
     ("# == same: x (a b) ==\n1\n# == end ==\n", "# == same: x (a b) ==\n1 \n# == end ==\n", "differs"),

@@ -1,0 +1,598 @@
+"""SLAS: DanceGRPO (or Flow-GRPO) whose advantages grow faster than the differences of the rewards, in one file.
+
+Sample G images per prompt with an SDE, score them, make the steps that led to better-than-average ones more likely.
+Papers: Liu et al., Flow-GRPO, arXiv:2505.05470v5: (n) is this file's number, [n] that version's. Xue et al., DanceGRPO,
+arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise a group; on SD1.4 DDIM's steps for (2).
+
+    (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
+    (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
+    (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
+    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2)                                                              kl_loss
+SLAS, "Power Reinforcement Post-Training of Text-to-Image Models with Super-Linear Advantage Shaping", has its own [n]:
+    (5) [9]  dr_i = r_i - mean_g r: to divide by std_g r, as (1) does, inflates what hardly differs  group_advantage
+    (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
+    (7) [83] E|dr|^(2(1+gamma)) <= 2 delta / (eta^2 lambda_max G2)                                         max_gamma
+(6): the step d, int d = 0, that maximises <d, A> - |d|^2 / 2 with |d|^2 = int d^2 / (pi |A|^gamma) [17, 18] has
+A - lam = d / (pi |A|^gamma): d = pi |A|^gamma (A - lam), where int d = 0 gives lam = E|A|^gamma A / E|A|^gamma. The
+paper drops lam as a baseline and has pi sign(A) |A|^(1+gamma) [19]. But lam stands beside |A|^gamma, so that is the
+maximiser only where E sign(A) |A|^(1+gamma) = 0: gamma = 0 [15] or symmetric A. --recenter takes the true one.
+(7): a step eta g, g = E A grad log pi, moves the policy by KL <= eta^2/2 lambda_max |g|^2, lambda_max that of the
+Fisher matrix, and |g|^2 <= E A^2 G2 (Cauchy-Schwarz), G2 = E |grad log pi|^2: a trace, which the norm of a batch's mean
+gradient does not bound. So E A^2 <= 2 delta / (eta^2 lambda_max G2) keeps KL <= delta, in nats per latent dimension and
+step, as log pi here. Adam's step hardly depends on |g|: its eta is |dtheta| / |g|, logged with the KL and its bound.
+
+Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code
+lacks the dt of the true Gaussian KL (--kl-form names the three in use).
+
+    python slas.py                                              # the tiny model, minutes on a laptop CPU
+    torchrun --nproc_per_node 2 slas.py                         # the same run on two processes
+"""
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import data
+import models
+import rewards
+from csrc import ops
+
+# ============================================================================================================= Config
+
+
+@dataclass
+class Config:
+    model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
+    weights: str = ""                   # its directory or original single file, where it is not weights/<model>
+    init: str = ""                      # random: random weights at full size, to measure without a download
+    method: str = "dance"               # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
+    preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
+    reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
+    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
+    steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
+    minutes: float = 4.0                # stop after so many, evaluation at the end not counted
+    sample_steps: int = 10              # T, network evaluations of a rollout                      [paper, Sec. 5.1]
+    eval_steps: int = 10                # the same for evaluation, by ODE                          [paper: 40]
+    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 48]
+    group_size: int = 24                # G, images a prompt                                       [paper, Sec. 5.1]
+    resolution: int = 0                 # pixels; 0: the checkpoint's own
+    solver: str = ""                    # of evaluation's ODE: euler, dpm (DPM-Solver++(2M)); empty: euler, SD1's ddim
+    schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
+    shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
+    sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: flow, or ddim
+    noise_level: float = 0.7            # a in Eq. (2)                                             [paper, Sec. 5.1]
+    shared_noise: bool = False          # the images of a group start from one noise               [DanceGRPO's code]
+    clean_final: bool = False           # the reward sees the last step's x_0hat, not its state    [DanceGRPO's FLUX]
+    window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
+    train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all    [paper: all]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups            [released code]
+    clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
+    kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
+    kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
+    ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
+    ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
+    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
+    gamma: str = "1"                    # in (6), 0 or more; auto: the largest that (7) allows     [ours: not published]
+    kl_budget: float = 1.0              # delta in (7); the bound is far above the KL that is measured  [ours]
+    fisher_every: int = 10              # rollouts between estimates of lambda_max and G2; 0: none, and no KL logged
+    fisher_images: int = 4              # images that these and the KL are measured on             [ours]
+    recenter: bool = False              # (6) by the true maximiser, with lam                      [paper: without]
+    adv_std: str = ""                   # the batch's std divides before (6), after, batch (both), none; empty: batch
+    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
+    cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
+    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass       [released code: so]
+    cfg_ref: float = 1.0                # of the reference in the KL
+    cfg_eval: float = 1.0               # of evaluation
+    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    lora_rank: int = 0                  # 0: train all weights                                     [released code: 32]
+    lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                       [released code]
+    lr: float = 5e-5                    # AdamW                                                    [released code: 3e-4]
+    weight_decay: float = 1e-4          # AdamW                                                    [released code]
+    max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
+    micro_batch: int = 96               # images at once; rollouts take whole groups
+    gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
+    checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
+    offload: bool = False               # the VAE waits on the CPU while the network works
+    compile: bool = False               # torch.compile of the network's blocks
+    merge_lora: bool = False            # the LoRA is added into the weights in evaluation; rounds in bf16
+    fsdp: bool = False                  # FSDP2: weights and optimizer in shards (full fine-tuning, torchrun)
+    text_length: int = 0                # T5's tokens; 0: SD3 128 (released code), FLUX.1-dev 512, -schnell 256
+    text_cache: str = ""                # folder of the encoded prompts; empty: weights/text, nothing for small encoders
+    guidance: float = 3.5               # the scale that FLUX.1-dev was distilled for; not the cfg_* scales
+    dtype: str = "float32"              # the network computes in float32, bfloat16; float64 for tests
+    eval_every: int = 10                # steps between evaluations on validation prompts (0: none)
+    eval_images: int = 600              # test images, before and after
+    val_images: int = 240               # validation images, on the way
+    save_every: int = 10                # steps between checkpoints
+    seed: int = 0                       # everything random is a function of (seed, step, group)
+    out: str = ""                       # the run's folder; empty: a free runs/grpo-NNN
+    resume: bool = False                # go on from OUT/last, bit for bit
+    fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
+
+    def __post_init__(self):
+        data.check_common(self)
+        for name, options in dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
+                                  schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"),
+                                  kl_form=("flow-grpo", "gaussian", "velocity"),
+                                  adv_std=("", "batch", "before", "after", "none")).items():
+            data.choose(name, getattr(self, name), options)
+        if not 0 <= self.ema < 1 or self.ema_every < 1:
+            raise ValueError(f"--ema {self.ema}: 0 or more and less than 1; --ema-every {self.ema_every}: 1 or more")
+        if self.gamma != "auto" and not self.gamma.replace(".", "", 1).isdigit():
+            raise ValueError(f"--gamma {self.gamma}: a number such as 0.5, 0 or more, or auto")
+        if self.kl_budget <= 0 or self.fisher_every < 0 or self.fisher_images < 1:
+            raise ValueError(f"--kl-budget {self.kl_budget} must be above 0, --fisher-every {self.fisher_every} 0 or "
+                             f"more, --fisher-images {self.fisher_images} 1 or more")
+        if self.fisher_every and (self.fsdp or self.compile):
+            raise ValueError("--fsdp and --compile give no second derivatives: --fisher-every 0, and a --gamma by hand")
+        self.adv_std = self.adv_std or ("before" if self.gamma == "auto" else "batch")
+        if self.gamma == "auto" and (not self.fisher_every or self.adv_std != "before"):
+            raise ValueError("--gamma auto wants --fisher-every above 0 and --adv-std before, or (7) holds no gamma")
+        if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
+            raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
+                             f"--kl-beta {self.kl_beta} 0 or more")
+        if self.method == "dance" and self.kl_beta:
+            raise ValueError(f"--method dance has no KL: --kl-beta {self.kl_beta} is Flow-GRPO's, --method flow")
+        if self.sde == "cps" and self.sample_steps == 1:
+            raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
+        if self.groups % self.updates:
+            raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
+        if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
+            raise ValueError(f"--window {self.window} and --train-steps {self.train_steps}: between 0 (all) and "
+                             f"--sample-steps {self.sample_steps}")
+
+
+FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
+            sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
+            cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
+            ema_every=8, method="flow",
+            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
+DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
+             shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
+             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
+FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
+        "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
+        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4", "fisher_every": 0,                  # [SLAS, Sec. 6.1]
+        "eval_steps": 28}                                              # ours: it evaluates nothing
+SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
+        "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
+        "cfg_eval": 5.0, "eval_steps": 50, "reward": "hpsv2:1,clip-dfn:1"}                            # [SLAS, Sec. 6.1]
+METHODS = {"flow": {}, "dance": dict(noise_level=0.3, shared_noise=True)}          # under the preset and the flags
+PRESETS = {                                                           # preset -> model family -> values
+    "tiny": {},
+    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
+    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": FLUX, "sd14": SD14}}
+
+
+# =============================================================================================================== math
+
+# == same: advantage (dgpo grpo proxt2i slas) ==
+def group_advantage(reward, group_size, std="group"):
+    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+
+    reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
+    std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
+    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    """
+    return ops.group_advantage(reward, group_size, std)
+# == end ==
+
+
+def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
+    """Super-linear advantages, Eq. (6): A_i = sign(dr_i) |dr_i|^(1+gamma), or |dr_i|^gamma (dr_i - lam) to recenter.
+
+    reward, group_size: as in group_advantage; gamma >= 0. std says when the batch's std divides: "before", dr; "after",
+    A; "batch", both: A has std 1 for every gamma, and only the 1e-4 tells it from "after"; "none". Returns (B,).
+    """
+    before, after = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}[std]
+    valid, dr = ~reward.isnan(), group_advantage(reward, group_size, "none")               # (B,), (B,)  Eq. (5)
+    dr = dr / (dr[valid].std(correction=0) + 1e-4) if before else dr
+    weight, lam = dr.abs().pow(gamma) * valid, 0                       # |dr|^gamma, 1 over the metric [17]
+    if recenter:
+        w, d = weight.view(-1, group_size), dr.view(-1, group_size)
+        lam = ((w * d).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp(min=1e-30)).expand_as(d).flatten()
+    adv = weight * (dr - lam)
+    return adv / (adv[valid].std(correction=0) + 1e-4) if after else adv
+
+
+def max_gamma(limit, dr=None, R=None, K=None, most=4.0):
+    """The largest gamma in [0, most] that Eq. (7) allows, 0 if none; limit: 2 delta / (eta^2 lambda_max G2).
+
+    The moment E|dr|^2p, p = 1 + gamma, is the mean over dr (B,) (Thm. 4), or its bound R^2p if |dr| <= R (Cor. 1: no
+    limit to gamma if R <= 1), or its bound 2 K^2p Gamma(p+1) if E exp(dr^2/K^2) <= 2 (Cor. 2: gamma grows as a log).
+    """
+    def moment(p):                                                     # convex in p, so it passes the limit once
+        if dr is not None:
+            return dr.double().abs().pow(2 * p).mean().item()
+        return 2 * K ** (2 * p) * math.gamma(p + 1) if R is None else R ** (2 * p)
+    low, high = 0.0, most
+    for _ in range(50 if moment(1) <= limit < moment(1 + most) else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if moment(1 + middle) <= limit else (low, middle)
+    return most if moment(1 + most) <= limit else low
+
+
+# == same: policy loss (grpo proxt2i slas) ==
+def policy_loss(logp, logp_old, adv, clip_range):
+    """Clipped surrogate, Eq. (3), to be minimised.
+
+    logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
+    Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
+    """
+    ratio = (logp - logp_old).exp()                                    # r_i  (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
+    return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
+                  "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+# == end ==
+
+
+# == same: KL (grpo slas) ==
+def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
+    """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
+
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt < 0. Three forms are in use:
+    gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
+    flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
+    velocity   |v - v_ref|^2                           DGPO's
+    """
+    if form == "velocity":
+        return (v - v_ref).square().mean()
+    return (mean - mean_ref).square().mean() / (2 * std ** 2) * (-dt if form == "flow-grpo" else 1)
+# == end ==
+
+
+# ============================================================================================================ sampler
+
+# == same: sampler (dgpo grpo slas) ==
+def guided(net, x, t, ctx, null, scale, detach=False):
+    """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
+
+    x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
+    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
+    float64 for a float64 network.
+    """
+    dtype = models.compute_dtype(net)
+    wide = torch.promote_types(dtype, torch.float32)
+    t = t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device, dtype=wide)
+    if scale == 1:
+        return net(x.to(dtype), t, *ctx).to(wide)                                          # (B, C, H, W)
+    if detach:
+        with torch.no_grad():
+            uncond = net(x.to(dtype), t, *(n.expand_as(c) for n, c in zip(null, ctx))).to(wide)
+        return ops.cfg_combine(uncond, net(x.to(dtype), t, *ctx).to(wide), scale)
+    both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
+    uncond, cond = net(torch.cat([x, x]).to(dtype), torch.cat([t, t]), *both).to(wide).chunk(2)
+    return ops.cfg_combine(uncond, cond, scale)
+
+
+def euler_step(v, x_t, t, t_next):
+    """One Euler step of the probability-flow ODE dx = v dt. v, x_t (B, C, H, W) float32; t, t_next: floats."""
+    return x_t + (t_next - t) * v
+
+
+def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
+    """One step of DPM-Solver++(2M) on flow times: alpha = 1 - t, sigma = t, lambda = ln(alpha / sigma).
+
+    x_0hat: this step's clean estimate x_t - t v; x_0hat_last, t_last: the step's before, None at the first step. First
+    order without them and for t_next = 0 (where lambda is infinite). Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    """
+    if t_next == 0:
+        return x_0hat
+    lam, lam_next = (math.log((1 - s) / s) if s < 1 else -math.inf for s in (t, t_next))
+    h, d = lam_next - lam, x_0hat
+    if x_0hat_last is not None:
+        r = (lam - math.log((1 - t_last) / t_last)) / h if t_last < 1 else math.inf
+        d = x_0hat + (x_0hat - x_0hat_last) / (2 * r)
+    return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
+
+
+def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
+    """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
+
+    v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, where t_cap < 1, the schedule's second
+                  time, stands for t in 1 - t; ValueError without it.      Flow-GRPO, arXiv:2505.05470, Eq. 9
+    kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
+         both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
+    """
+    dt = t_next - t
+    x_0hat, x_1hat = x_t - t * v, x_t + (1 - t) * v                                        # clean and noise estimates
+    if kind == "cps":
+        std = t_next * math.sin(noise_level * math.pi / 2)
+        mean = (1 - t_next) * x_0hat + math.sqrt(t_next ** 2 - std ** 2) * x_1hat
+    elif kind in ("flow", "dance"):
+        if kind == "flow" and t == 1 and t_cap is None:
+            raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
+        s = noise_level * (math.sqrt(t / (1 - (t_cap if t == 1 else t))) if kind == "flow" else 1)
+        std = s * math.sqrt(-dt)
+        mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
+    else:
+        raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
+def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
+    """One DDIM step of a DDPM network that predicts noise, and its log-density. Arguments and results as in sde_step.
+
+    eps_hat, x_n, eps, x_next: (B, C, H, W) float32; alpha_bar <= alpha_bar_next: a and a', floats in (0, 1]; eta: 0 is
+    deterministic, 1 DDPM's own noise.  std = eta sqrt((1 - a') / (1 - a) (1 - a/a')),
+    mean = sqrt(a') x_0hat + sqrt(1 - a' - std^2) eps_hat.                 Song et al., arXiv:2010.02502, Eqs. 12, 16
+    """
+    a, a_next = alpha_bar, alpha_bar_next
+    x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
+    std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    if not std:
+        return x_next, None, mean, std
+    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, logp.flatten(1).mean(1), mean, std
+
+
+@torch.no_grad()
+def ode(net, x, ts, ctx, null, scale, solver="euler"):
+    """Follow the probability-flow ODE from noise x (B, C, H, W) along the times ts. Returns x_0 (B, C, H, W).
+
+    solver: euler, dpm, DPM-Solver++(2M), or ddim, where ts are DDPM steps.
+    """
+    last, t_last = None, None
+    for t, t_next in zip(ts, ts[1:]):
+        v = guided(net, x, t, ctx, null, scale)
+        if solver == "ddim":
+            x, *_ = ddim_step(v, x, models.ALPHA_BAR[t], models.ALPHA_BAR[t_next], eta=0.0)
+        elif solver == "euler":
+            x = euler_step(v, x, t, t_next)
+        else:
+            x_0hat = x - t * v
+            x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+    return x
+
+
+def sample(pipe, prompts, keys, cfg, scale):
+    """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
+    ts, images = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
+    shape, null, wide = pipe.latent_shape(cfg.resolution), pipe.encode_text([""]), data.wide(cfg.dtype)
+    with models.merged(pipe.net, cfg.merge_lora):
+        for i in range(0, len(prompts), cfg.micro_batch):
+            ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
+            x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
+            images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
+    return torch.cat(images)
+# == end ==
+
+
+# == same: evaluate (dgpo grpo proxt2i slas) ==
+def evaluate(pipe, rows, score, cfg, run, scale):
+    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+
+    Returns the mean and {tag: mean} over GenEval's tags.
+    """
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
+    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
+        some = own[k:k + cfg.micro_batch] or own[:1]
+        prompts = [rows[i]["prompt"] for i in some]
+        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
+        total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
+    total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
+    return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
+                                    for tag in dict.fromkeys(tags)}
+# == end ==
+
+
+# == same: rollout (grpo slas) ==
+def sde_kind(pipe, cfg):
+    """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError: a misfit."""
+    return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method))
+
+
+def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
+    """Step i of the sampler, taken by eps or scored at x_next: sde_step, ddim_step for kind "ddim", as they return.
+
+    v: the network's answer at x (B, C, H, W) and ts[i], velocity or noise; ts: flow times, or DDPM steps for "ddim".
+    """
+    if kind == "ddim":
+        a, a_next = models.ALPHA_BAR[ts[i]], models.ALPHA_BAR[ts[i + 1]]
+        return ddim_step(v, x, a, a_next, noise_level, eps, x_next)
+    return sde_step(v, x, ts[i], ts[i + 1], noise_level, eps, x_next, kind, t_cap=ts[1])
+
+
+@torch.no_grad()
+def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
+    """One SDE trajectory an image: x (T + 1, B, C, H, W), logp {i: (B,)} of the SDE steps, and what is to be decoded.
+
+    window: the indices of the SDE steps; the others are ODE steps. Each group's noise is a function of (seed, step,
+    group); group: the global number of the first one.
+    """
+    shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
+    count = len(prompts) // cfg.group_size
+
+    def draw(name, shared=False):                                      # (B, C, H, W)
+        size = shape[1:] if shared else shape
+        return torch.cat([data.noise(size, cfg.seed, step, group + g, name, device=device, dtype=wide).expand(shape)
+                          for g in range(count)])
+    xs, logps = [draw("start", cfg.shared_noise)], {}
+    for i, t in enumerate(ts[:-1]):
+        v = guided(pipe.net, xs[i], t, ctx, null, cfg.cfg_rollout)
+        eps = draw(f"sde {i}") if i in window else None
+        x, logp, *_ = transition(v, xs[i], i, ts, cfg.noise_level if i in window else 0.0, sde_kind(pipe, cfg), eps)
+        if logp is not None:                                           # the last step of cps has no noise
+            logps[i] = logp
+        xs.append(x)
+    clean = xs[-2] - ts[-2] * v if cfg.clean_final else xs[-1]         # the last step's x_0hat, or where it arrived
+    return torch.stack(xs), logps, clean
+# == end ==
+
+
+# ============================================================================================================== train
+
+def train(cfg):
+    run = data.Run(cfg, "slas")
+    ops.use(cfg.fused)
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run)
+    net = pipe.net
+    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
+    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
+    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
+    pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
+    kind = sde_kind(pipe, cfg)
+    if pipe.ddpm and cfg.noise_level > 1:
+        raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
+                         f"more has no mean; try 1")
+    if cfg.clean_final and pipe.ddpm:
+        raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
+    ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
+    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
+    mine = cfg.groups // run.world                                     # groups of this process
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
+    run.prepare(pipe, [*rows["train"], *test, *val])
+    run.begin()
+    null = pipe.encode_text([""])
+
+    run.restore(params, ema, opt)
+    if not run.state:
+        row = {}
+        if cfg.eval_every:
+            row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
+                    f"guidance {cfg.cfg_eval:g}")
+        run.log(row)
+    checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
+
+    def rescore(x, i, part, scale):
+        """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
+        v = guided(net, x[i], ts[i], part, null, scale, cfg.cfg_detach and torch.is_grad_enabled())   # (n, C, H, W)
+        _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
+        return logp, mean, std, v
+
+    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
+               desc="slas", unit="step", dynamic_ncols=True)
+    while not run.done():
+        step = run.count["step"]
+        # 1. Roll out. A group never spans two processes.
+        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
+        choice = data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
+        place = data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - cfg.window)
+        first = int(place) if cfg.window else 0                        # not on the last step, see below
+        window = range(first, first + (cfg.window or cfg.sample_steps))
+        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
+        parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
+                         run.rank * mine + s.start // cfg.group_size) for s in chunks]
+        x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
+        logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
+        # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): as released, not trained.
+        trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
+        trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
+        # 2. Reward
+        images = torch.cat([pipe.decode(part[2]) for part in parts])
+        del parts                                                      # their trajectories live on in x alone
+        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        # 3. Advantage, over the whole batch of all processes; each keeps its slice. First the trust region.
+        few = list(range(0, len(prompts), max(1, len(prompts) * run.world // cfg.fisher_images)))
+
+        def policy(i, j=few):                                          # logp, mean, std, v of step i as the weights are
+            return rescore(x[:, j], i, [c[j] for c in ctx], cfg.cfg_train)
+        trust = run.count.setdefault("trust", {})                      # the last rollout's; saved and logged
+        before = [p.detach().clone() for p in params if cfg.fisher_every]
+        if cfg.fisher_every and step % cfg.fisher_every == 0:
+            v = data.noise((sum(p.numel() for p in params),), cfg.seed, step, "power", device=run.device, dtype=x.dtype)
+            trust["lambda_max"], trust["g2"] = models.fisher(policy, trained, few, params, v, run)
+        trust["gamma"] = 0.0 if cfg.gamma == "auto" else float(cfg.gamma)              # auto: 0 until a step was seen
+        if cfg.gamma == "auto" and trust.get("eta"):
+            limit = 2 * cfg.kl_budget / (trust["eta"] ** 2 * trust["lambda_max"] * trust["g2"])
+            trust["gamma"] = max_gamma(limit, slas_advantage(reward, cfg.group_size, 0.0, std="before"))       # Eq. (7)
+        adv = slas_advantage(reward, cfg.group_size, trust["gamma"], cfg.recenter, cfg.adv_std)                # Eq. (6)
+        adv = adv.clamp(-cfg.adv_clip, cfg.adv_clip)
+        spread = data.advantage_stats(reward, adv, cfg.group_size)
+        adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
+        # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
+        if not checked:                                                # the same weights must give the same log-probs
+            with torch.no_grad():
+                data.check_ratio(run, [rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
+                                       for s in chunks for i in trained])
+        logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
+        for update in range(cfg.updates):
+            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
+            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
+            for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+                share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                some = turn[k:k + cfg.micro_batch] or [0]
+                part = [c[some] for c in ctx]
+                for i in trained:
+                    logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
+                    loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
+                    kl = torch.zeros_like(loss)
+                    if cfg.kl_beta:
+                        with torch.no_grad(), models.using(params, start):
+                            _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
+                        kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
+                    ((loss + cfg.kl_beta * kl) * share).backward()
+                    differences.append(logp.detach() - logp_old[i][some])
+                    logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+            if not checked:                                            # and so must the update's own passes, in bf16
+                data.check_ratio(run, differences, stop=False)         # but to its precision
+                checked = True
+            grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            if ema and run.count["updates"] % cfg.ema_every == 0:
+                models.move(ema, params, 1 - cfg.ema)
+        if cfg.fisher_every and run.norms:                             # what these updates moved, and their bound
+            with torch.no_grad():
+                new = [policy(i) for i in trained]
+                with models.using(params, before):
+                    old = [policy(i) for i in trained]
+            kl = sum(kl_loss(a[1], b[1], a[3], b[3], a[2], 0, "gaussian") for a, b in zip(new, old)) / len(trained)
+            moved = sum((p.detach() - q).square().sum() for p, q in zip(params, before)).sqrt().item()
+            trust["eta"] = moved / statistics.mean(run.norms[-cfg.updates:])
+            trust["kl"] = run.sum(kl).item() / run.world
+            trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * spread["square"]
+        # 5. Report
+        run.count["step"] += 1
+        run.count["images"] += cfg.groups * cfg.group_size
+        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
+        run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
+                                                                + len(trained) * passes)
+        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (1 + (cfg.cfg_train != 1))
+        loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
+        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
+               "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
+               "stats": data.image_stats(images, cfg.group_size),
+               "rewards": data.reward_terms(run, score), "advantage": spread}
+        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            with models.using(params, ema):
+                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
+        run.log(row)
+        if run.count["step"] % cfg.save_every == 0:
+            run.save(params, ema, opt)
+        bar.update()
+    bar.close()
+    run.save(params, ema, opt)
+    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+
+
+def main(argv=None):
+    with data.exit_codes():
+        train(data.cli(Config, PRESETS, argv, METHODS))
+
+
+if __name__ == "__main__":
+    main()
