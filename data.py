@@ -284,7 +284,7 @@ def _caption(meta, rng):
     """A web-like caption of a scene: GenEval's wording or a variant of it, as noisy as the constants above say."""
     if rng.random() < EMPTY:
         return ""
-    names, colors, tag, u = list(SHAPES), list(COLORS), meta["tag"], rng.random()
+    names, tag, u = list(SHAPES), meta["tag"], rng.random()
     objects = [[o["class"], o.get("color")] for o in meta["include"]]
     bare = rng.random() < .15                                          # no articles
 

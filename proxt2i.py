@@ -407,6 +407,16 @@ def evaluate(pipe, rows, score, cfg, run, scale):
     total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
     return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
                                     for tag in dict.fromkeys(tags)}
+
+
+def log_start(pipe, val, score, cfg, run):
+    """The first row of a new run's metrics.jsonl: the score before training."""
+    row = {}
+    if cfg.eval_every:
+        row["eval"], row["tags"] = evaluate(pipe, val, score, cfg, run, cfg.cfg_eval)
+        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
+                f"{cfg.cfg_eval:g}")
+    run.log(row)
 # == end ==
 
 
@@ -563,12 +573,14 @@ def train_rl(cfg):
     pipe, params = data.load_policy(cfg, run)
     net, n = pipe.net, cfg.sample_steps
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
+    # == end ==
     pipe.latent_shape(cfg.resolution), check_model(cfg, pipe)          # refuse what the model cannot do
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
@@ -580,12 +592,7 @@ def train_rl(cfg):
     null = pipe.encode_text([""])
     run.restore(params, ema, opt)
     if not run.state:
-        row = {}
-        if cfg.eval_every:
-            row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
-            run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, "
-                    f"guidance {cfg.cfg_eval:g}")
-        run.log(row)
+        log_start(pipe, val, eval_score, cfg, run)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(states, k, part, scale):

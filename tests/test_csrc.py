@@ -1,7 +1,6 @@
 """The fused ops against formulas in float64, their gradients, their fakes, their checks, and the build itself."""
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path

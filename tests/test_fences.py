@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = re.compile(rb"^# == same: (\w[\w -]*) \(([\w ]+)\) ==$"), b"# == end =="
+START, END = re.compile(rb"^ *# == same: (\w[\w -]*) \(([\w ]+)\) ==$"), b"# == end =="
 
 
 def blocks(file):
@@ -19,7 +19,7 @@ def blocks(file):
             name, files, body = start[1].decode(), start[2].decode().split(), [line]
             assert name not in found, f"{where}: {name} a second time"
             assert file.stem in files, f"{where}: {name} does not name {file.stem}"
-        elif line == END:
+        elif line.strip() == END:
             assert name is not None, f"{where}: nothing to end"
             found[name], name = (files, b"\n".join(body)), None
         elif name:
@@ -51,7 +51,8 @@ def test_slas_is_grpo_in_all_but_its_own_functions():
     """All fenced blocks of the one are the other's, and between them they hold every function that both have but train
     and main."""
     grpo, slas = (blocks(ROOT / f"{name}.py") for name in ("grpo", "slas"))
-    assert grpo == slas and set(grpo) == {"advantage", "policy loss", "KL", "sampler", "evaluate", "rollout"}
+    assert grpo == slas and set(grpo) == {"advantage", "policy loss", "KL", "sampler", "evaluate",
+                                               "rollout", "set-up"}
     fenced = b"".join(body for _, body in slas.values())
     functions = re.findall(rb"^def (\w+)", (ROOT / "grpo.py").read_bytes(), re.M)
     assert [name for name in functions if b"def " + name not in fenced] == [b"train", b"main"]

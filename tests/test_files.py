@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import single_file_utils
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from tokenizers.processors import TemplateProcessing

@@ -13,7 +13,6 @@ import torch
 import transformers
 from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline)
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import models
