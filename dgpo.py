@@ -223,6 +223,14 @@ def best_and_worst(adv, group_size):
 
 # ============================================================================================================ sampler
 
+# == same: log-prob (dgpo grpo proxt2i slas) ==
+def gaussian_logp(x, mean, std):
+    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
+    logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return logp.flatten(1).mean(1)
+# == end ==
+
+
 # == same: sampler (dgpo grpo slas) ==
 def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
@@ -294,8 +302,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
         x_next = mean + std * eps if std else mean
     if not std:
         return x_next, None, mean, std
-    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
-    return x_next, logp.flatten(1).mean(1), mean, std
+    return x_next, gaussian_logp(x_next, mean, std), mean, std
 
 
 def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
@@ -313,8 +320,7 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
         x_next = mean + std * eps if std else mean
     if not std:
         return x_next, None, mean, std
-    logp = -((x_next.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
-    return x_next, logp.flatten(1).mean(1), mean, std
+    return x_next, gaussian_logp(x_next, mean, std), mean, std
 
 
 @torch.no_grad()

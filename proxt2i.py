@@ -222,10 +222,12 @@ def prox_logp(y_next, prox_y, gamma_next):
     return gaussian_logp(y_next, (1 + gamma_next / 2) * prox_y, math.sqrt(gamma_next))
 
 
+# == same: log-prob (dgpo grpo proxt2i slas) ==
 def gaussian_logp(x, mean, std):
     """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
     logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return logp.flatten(1).mean(1)
+# == end ==
 
 
 # == same: policy loss (grpo proxt2i slas) ==
