@@ -230,6 +230,12 @@ def gaussian_logp(x, mean, std):
 # == end ==
 
 
+def gaussian_kl(mean, mean_ref, std):
+    """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2), Eq. (8), exact: a mean over all
+    of (B, ...), in nats per dimension. std: a float. Returns ()."""
+    return (mean - mean_ref).square().mean() / (2 * std ** 2)
+
+
 # == same: policy loss (grpo proxt2i slas) ==
 def policy_loss(logp, logp_old, adv, clip_range):
     """Clipped surrogate, Eq. (3), to be minimised.
@@ -644,7 +650,7 @@ def train_rl(cfg):
                     if cfg.kl_beta:
                         with torch.no_grad(), models.using(params, start):
                             _, mean_ref, _ = rescore(states[:, some], k, part, cfg.cfg_ref)
-                        kl = (mean - mean_ref).square().mean() / (2 * std ** 2)            # exact, per dimension
+                        kl = gaussian_kl(mean, mean_ref, std)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share

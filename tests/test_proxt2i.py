@@ -215,6 +215,47 @@ def test_log_probs_are_those_of_torch():
     torch.testing.assert_close(proxt2i.prox_logp(y, prox, .4), want)
 
 
+def test_kl_is_that_of_torch():
+    mean, mean_ref = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    one, two = (torch.distributions.Normal(m, math.sqrt(.4)) for m in (mean, mean_ref))
+    torch.testing.assert_close(proxt2i.gaussian_kl(mean, mean_ref, math.sqrt(.4)),
+                               torch.distributions.kl_divergence(one, two).mean())
+
+
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_gradient_of_the_objective(method):
+    """Clipped objective and KL of one step of a real network's chain, guided: autograd against central differences."""
+    config = models.UVITS["tiny"] | {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 8, "lam": method == "prox"}
+    torch.manual_seed(0)
+    net = models.UViT(**config).init_weights().double()
+    ctx, null = [torch.randn(3, 16, 128, dtype=torch.float64)], [torch.randn(1, 16, 128, dtype=torch.float64)]
+    state, after = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
+    adv, k, n = torch.tensor([1.0, -.5, .3], dtype=torch.float64), 3, 4
+
+    def step():
+        mean, std = proxt2i.kernel(method, proxt2i.answer_of(method, net, ctx, null, 2.0), state, k, n)
+        return proxt2i.gaussian_logp(after, mean, std), mean, std
+    with torch.no_grad():
+        logp_old, mean_ref, _ = step()
+    weights = [p.detach().clone() for p in net.parameters()]
+    ways = [torch.randn_like(p) * p.std() for p in weights]
+
+    def objective(size):
+        """At the weights moved by `size`, with ratios inside and outside the clip's range."""
+        with torch.no_grad():
+            for p, w, d in zip(net.parameters(), weights, ways):
+                p.copy_(w + size * d)
+        logp, mean, std = step()
+        loss, _ = proxt2i.policy_loss(logp, logp_old + torch.tensor([0, .3, -.3]), adv, .1)
+        return loss + .5 * proxt2i.gaussian_kl(mean, mean_ref, std)
+    loss = objective(.01)
+    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(loss, list(net.parameters())), ways))
+    with torch.no_grad():
+        want = (objective(.01 + 1e-5) - objective(.01 - 1e-5)) / 2e-5
+    assert abs(want) > 1e-3
+    torch.testing.assert_close(slope, want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("method", ("prox", "score"))
 def test_kernel_is_the_sampler(method):
     """The chain of means and noises gives the very image that run_chain gives from the same draws."""

@@ -156,6 +156,11 @@ def network(folder, family, dtype=torch.float64):
     return models.load("", folder / family, dtype, text_length=8).net
 
 
+def numbers(row):
+    """All numbers of a metrics line, those in its `stats`, `rewards` and `advantage` too."""
+    return [n for value in row.values() for n in (numbers(value) if isinstance(value, dict) else [value])]
+
+
 def unread(name):
     """The queries of SD3's text in its last block: there the text is read by the image and not heard of again."""
     return re.match(r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)", name)
@@ -174,8 +179,7 @@ def test_every_family_trains(module, family, train, folder):
     assert [row["step"] for row in steps] == [1, 2] and not any(row["skipped"] or row["failed"] for row in steps)
     for row in steps:
         assert row["grad_norm"] > 0
-        assert all(math.isfinite(value) for value in (*row["stats"].values(), *(
-            value for key, value in row.items() if key != "stats")))
+        assert all(math.isfinite(value) for value in numbers(row))
     assert math.isfinite(run.rows[-1]["eval_before"]) and math.isfinite(run.rows[-1]["eval_after"])
     theirs = PUBLIC[family].from_pretrained(run.out / ("unet" if family == "sd14" else "transformer"),
                                             torch_dtype=torch.float64).state_dict()
