@@ -1212,7 +1212,8 @@ def load_policy(cfg, run, fresh=False):
     import models
     dtype = models.DTYPES[cfg.dtype]
     if fresh:
-        pipe = models.fresh_uvit(cfg.model, cfg.weights or None, cfg.method == "prox", dtype, run.device, cfg.seed)
+        pipe = models.fresh_uvit(cfg.model, cfg.weights or None, cfg.method == "prox", dtype, run.device, cfg.seed,
+                                 cfg.predict)
     else:
         pipe = models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None,
                            cfg.text_length or None)

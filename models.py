@@ -765,7 +765,8 @@ class UViT(nn.Module):
 
     forward(x (B, C, H, W), t (B,) in [0, 1], lam (B,) > 0 or None, context (B, L, D_text)) -> (B, C, H, W).
     lam is the strength of the proximal operator; None, and only None, for a network without it (a score model). L is
-    the config's num_clip_token. Raises ValueError where lam, L, D_text, H or W do not fit the network.
+    the config's num_clip_token; predict, noise or v, says what the answer is (proxt2i.py, Eqs. 3 and 9). Raises
+    ValueError where lam, L, D_text, H or W do not fit the network.
     Source: Bao et al., arXiv:2209.12152; parameters are named as in the public MS-COCO files, whose small model the
     defaults are. No library has this class: config.json is our own, its options are the authors', and lam.
     """
@@ -777,7 +778,7 @@ class UViT(nn.Module):
     fixed = dict(qkv_bias=False, qk_scale=None, conv=True, skip=True, use_checkpoint=False)
 
     def __init__(self, img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=12, num_heads=8, mlp_ratio=4,
-                 clip_dim=768, num_clip_token=77, lam=False, mlp_time_embed=False, **other):
+                 clip_dim=768, num_clip_token=77, lam=False, mlp_time_embed=False, predict="noise", **other):
         super().__init__()
         for name, value in other.items():
             if not name.startswith("_") and (name not in self.fixed or value != self.fixed[name]):
@@ -788,7 +789,8 @@ class UViT(nn.Module):
                              f"{patch_size}")
         self.config = dict(_class_name="UViT", img_size=img_size, in_chans=in_chans, patch_size=patch_size,
                            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                           clip_dim=clip_dim, num_clip_token=num_clip_token, lam=lam, mlp_time_embed=mlp_time_embed)
+                           clip_dim=clip_dim, num_clip_token=num_clip_token, lam=lam, mlp_time_embed=mlp_time_embed,
+                           predict=predict)
         dim, self.patch, self.channels, self.checkpointing = embed_dim, patch_size, in_chans, False
         self.side = img_size // patch_size                            # patches along an edge of the position table
 
@@ -1693,11 +1695,11 @@ def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
     return pipe
 
 
-def fresh_uvit(model, weights, lam, dtype, device, seed):
+def fresh_uvit(model, weights, lam, dtype, device, seed, predict="noise"):
     """A pipeline with an untrained U-ViT: tiny-prox and tiny-score, or uvit beside the encoders and VAE of a directory.
 
     weights: the directory with text_encoder/, tokenizer/ and so on; None: the tiny model's, or weights/uvit. lam: with
-    the condition on lambda, for a proximal model. Raises FileNotFoundError naming what is missing.
+    the condition on lambda, for a proximal model; predict: noise or v. Raises FileNotFoundError naming what is missing.
     """
     tiny = model.startswith("tiny")
     directory = Path(weights or (TINY_DIR if tiny else HERE / "weights" / "uvit"))
@@ -1706,7 +1708,7 @@ def fresh_uvit(model, weights, lam, dtype, device, seed):
                                 f"encoders and VAE from there (text_encoder, text_encoder_2, vae and their tokenizers, "
                                 f"as diffusers has them)")
     torch.manual_seed(seed)
-    net = UViT(**UVITS["tiny" if tiny else "uvit"] | {"lam": lam}).init_weights().to(device, dtype)
+    net = UViT(**UVITS["tiny" if tiny else "uvit"] | {"lam": lam, "predict": predict}).init_weights().to(device, dtype)
     encoders, tokenizers = [], []
     for suffix, cls in (("", CLIPText), ("_2", T5Encoder)):
         if (directory / f"text_encoder{suffix}").is_dir():

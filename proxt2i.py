@@ -14,7 +14,10 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (6) [7]    f = prox_null + s (prox_text - prox_null); the paper's omega is s - 1                            guided
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
     (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')  train_rl
+    (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
 
+Eq. (9) is ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this toss is most
+of the loss; v asks only for what y tells about x_0, and E[eps | y, x_0] follows in closed form.
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
 the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal chain's last adds no noise either.
@@ -62,12 +65,13 @@ class Config:
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
     group_size: int = 24                # G, images a prompt                                       [paper, Sec. 4.3]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
+    predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)         [paper: noise]
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
     candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, Sec. 4.1]
     zeta: float = 1.0                   # width of the matching loss                               [paper, Sec. 4.1]
     zeta_start: float = 0.0             # ProxDM: falls from here to zeta after the warm-up; 0: constant   [ProxDM: 2]
     warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
-    zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, or x: zeta / sqrt(lam)
+    zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, the network's answer; or x
     drop: float = 0.1                   # share of captions emptied                                [paper, Sec. 3.2]
     batch: int = 64                     # training images a step, over all processes               [paper: 2048]
     images: str = "shapes"              # training images: shapes, a folder, tar shards, or a folder of cached latents
@@ -111,8 +115,8 @@ class Config:
     def __post_init__(self):
         data.check_common(self)
         for name, options in dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
-                                  sampler=("", *SAMPLERS), zeta_space=("residual", "x"), optimizer=("muon", "adamw"),
-                                  adv_std=("group", "batch", "none")).items():
+                                  predict=("noise", "v"), sampler=("", *SAMPLERS), zeta_space=("residual", "x"),
+                                  optimizer=("muon", "adamw"), adv_std=("group", "batch", "none")).items():
             data.choose(name, getattr(self, name), options)
         for name in ("candidates", "compare_steps"):
             counts(name, getattr(self, name))
@@ -138,9 +142,9 @@ class Config:
 
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whose they are; sde-mean: the last step's
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}           # noise is left out
-PAPER = dict(reward="pickscore", eval_reward="pickscore", resolution=256, dtype="bfloat16", groups=12, group_size=24,
-             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6,
-             kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
+PAPER = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
+             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
+             minutes=1e6, kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
 PRESETS = {"tiny": {}, "paper": {"uvit": PAPER}}
 TRAIN = dict(lr=2e-3, ema=0.9985, steps=6000, minutes=1e6, weight_decay=0.01, eval_every=500, save_every=250,
              val_images=240, micro_batch=256)                         # the tiny models' recipe
@@ -350,17 +354,31 @@ def guided(net, x, t, lam, ctx, null, scale):
     return ops.cfg_combine(uncond, cond, scale)
 
 
+def levels(t, lam=0.0):
+    """Signal a and noise s in y / sqrt(1 + lam) = a x_0 + s n, which the network sees: a^2 + s^2 = 1. Eq. (9)."""
+    a2 = alpha_bar(t) / (1 + lam)
+    return a2 ** 0.5, (1 - a2) ** 0.5
+
+
 def answer_of(method, net, ctx, null, scale):
-    """The callable that a sampler asks: prox(y, t, lam) = y - sqrt(lam) net(y / sqrt(1 + lam), ...), Eq. (3), or
-    score(x, t) = -net(x, t) / sqrt(1 - alpha_bar).
+    """The callable that a sampler asks: prox(y, t, lam) = y - sqrt(lam) eps(y / sqrt(1 + lam), ...), Eq. (3), or
+    score(x, t) = -n(x, t) / sqrt(1 - alpha_bar). eps and n are the network's answer, or follow from its v, Eq. (9):
+    n = s x + a v is all of the input's noise, and sqrt(lam / (1 + lam)) / s of it is expected to be eps.
 
     y has variance up to about 1 + lam; it enters the network scaled to 1, which the paper does not say.
     """
+    def noise(x, t, lam):
+        out = guided(net, x, t, lam, ctx, null, scale)
+        if net.config["predict"] == "v":
+            a, s = levels(t, lam or 0.0)
+            out = (s * x + a * out) * (math.sqrt(lam / (1 + lam)) / s if lam else 1.0)
+        return out
+
     def prox(y, t, lam):
-        return y - math.sqrt(lam) * guided(net, y / math.sqrt(1 + lam), t, lam, ctx, null, scale)
+        return y - math.sqrt(lam) * noise(y / math.sqrt(1 + lam), t, lam)
 
     def score(x, t):
-        return -guided(net, x, t, None, ctx, null, scale) / math.sqrt(1 - alpha_bar(t))
+        return -noise(x, t, None) / math.sqrt(1 - alpha_bar(t))
     return prox if method == "prox" else score
 
 
@@ -471,10 +489,11 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
 
 # ============================================================================================================== train
 
-def matching_loss(cfg, share, pred, target, lam):
+def matching_loss(cfg, share, pred, target, width):
     """The loss of training after `share` of the steps, (): L1 in the warm-up, then Eq. (2); squared error for a score.
 
-    pred, target: (B, C, H, W), residuals in units of sqrt(lam); lam: (B,), None for a score model.
+    pred, target: (B, C, H, W), what the network answers; width: (B,), how far one unit of it moves the proximal
+    operator, sqrt(lam) in Eq. (3).
     """
     if cfg.method == "score":
         return (pred - target).square().mean()
@@ -483,8 +502,8 @@ def matching_loss(cfg, share, pred, target, lam):
     zeta, share = cfg.zeta, (share - cfg.warmup) / (1 - cfg.warmup + 1e-9)
     if cfg.zeta_start:
         zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * share
-    if cfg.zeta_space == "x":                                          # |prox - X_t|, sqrt(lam) times the residuals'
-        pred, target = (lam.sqrt()[:, None, None, None] * part for part in (pred, target))
+    if cfg.zeta_space == "x":                                          # |prox - X_t|
+        pred, target = (width[:, None, None, None] * part for part in (pred, target))
     return prox_matching_loss(pred, target, zeta).mean()
 
 
@@ -533,20 +552,23 @@ def train(cfg):
         if cfg.method == "prox":
             t, lam = (part.to(x_0) for part in draw_pairs(u, candidates, cfg.scheme))      # (B,) each
         else:
-            t = (1 - u[:, 0]).to(x_0)                                  # (B,) in (0, 1]
+            t = (1 - 0.999 * u[:, 0]).to(x_0)                          # (B,) in (.001, 1]
         a = alpha_bar(t)[:, None, None, None]
         x = a.sqrt() * x_0 + (1 - a).sqrt() * noise                    # X_t  (B, C, H, W)
-        target, scaled = noise, x
+        target, scaled, width = noise, x, torch.ones_like(t)
         if lam is not None:                                            # Eq. (3)
-            wide = lam[:, None, None, None]
+            wide, width = lam[:, None, None, None], lam.sqrt()
             target, scaled = eps, (x + wide.sqrt() * eps) / (1 + wide).sqrt()
+        if net.config["predict"] == "v":                               # Eq. (9)
+            a, sigma = (level[:, None, None, None] for level in levels(t, 0.0 if lam is None else lam))
+            target = (a * scaled - x_0) / sigma
+            width = width if lam is None else lam / (1 + lam).sqrt() * (a / sigma).flatten()
         # 3. Loss and update
         total = 0.0
         for k in range(0, mine, cfg.micro_batch):
             s = slice(k, k + cfg.micro_batch)
-            part = None if lam is None else lam[s]
-            pred = guided(net, scaled[s], t[s], part, [c[s] for c in ctx], null, 1.0)
-            loss = matching_loss(cfg, share, pred, target[s], part) * len(pred) / cfg.batch
+            pred = guided(net, scaled[s], t[s], None if lam is None else lam[s], [c[s] for c in ctx], null, 1.0)
+            loss = matching_loss(cfg, share, pred, target[s], width[s]) * len(pred) / cfg.batch
             loss.backward()
             total = total + loss.detach()
         rate = cfg.lr * min(1, (step + 1) / 200, 5 * (1 - share) + 5 / cfg.steps)          # warm up; a fifth to cool
@@ -558,9 +580,10 @@ def train(cfg):
         run.count["images"] += cfg.batch
         run.count["forwards"] += cfg.batch
         run.count["backwards"] += cfg.batch
-        if run.count["step"] % 20 == 0 or run.count["step"] == cfg.steps:
+        look = cfg.eval_every and run.count["step"] % cfg.eval_every == 0
+        if look or run.count["step"] % 20 == 0 or run.count["step"] == cfg.steps:
             row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
-            if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            if look:
                 with models.using(params, ema):
                     row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
             run.log(row)

@@ -614,7 +614,7 @@ def test_dance_grpo_shares_a_groups_noise_and_scores_the_clean_estimate(flags, m
     monkeypatch.setattr(grpo, "rollout", spy)
     for settings in (dict(method="dance"), dict(method="dance", clean_final=True), dict(shared_noise=False)):
         run(grpo, flags(out=str(len(seen)), steps=1, groups=2, **settings))
-    (cfg, x, logps, clean, ts, v), (_, x_2, _, clean_2, _, v_2), (plain, x_3, *_) = seen[0], seen[1], seen[-1]
+    (cfg, x, _, clean, ts, _), (_, x_2, _, clean_2, _, v_2), (plain, x_3, *_) = seen[0], seen[1], seen[-1]
     group = x[0].unflatten(0, (-1, cfg.group_size))
     assert (cfg.noise_level, cfg.kl_beta) == (.3, 0) and plain.noise_level == .7
     assert torch.equal(group, group[:, :1].expand_as(group)) and not torch.equal(group[0, 0], group[-1, 0])

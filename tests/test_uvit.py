@@ -272,7 +272,7 @@ def test_a_network_reads_what_it_writes(name, tmp_path):
                               load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()}
     again = UViT.from_pretrained(tmp_path)
     assert again.config == net.config == {"_class_name": "UViT", "lam": False, "mlp_time_embed": False,
-                                          "mlp_ratio": 4} | CASES[name][0]
+                                          "predict": "noise", "mlp_ratio": 4} | CASES[name][0]
     assert torch.equal(again(*inputs(name)), net(*inputs(name)))
 
 
