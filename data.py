@@ -1710,6 +1710,52 @@ def picture(path, rows, captions, titles, scale=3):
     write_atomic(path, buffer.getvalue())
 
 
+COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
+
+
+def chart(path, panels, ticks=None, width=420, height=300):
+    """Save curves as one PNG, panels side by side on one vertical scale. Colours are the labels', in their order.
+
+    panels: {title of the horizontal axis: {label: [curve, ...]}}, a curve is [(x, y), ...] with x rising; several of a
+    label are drawn thin, and their mean over the common range thick. ticks: what to write on the horizontal axis.
+    """
+    font, left, pad = ImageFont.load_default(12), 46, 40
+    ys = [y for runs in panels.values() for curves in runs.values() for curve in curves for _, y in curve]
+    labels = list(dict.fromkeys(label for runs in panels.values() for label in runs))
+    low, high = min(ys) - 0.02, max(ys) + 0.02
+    sheet = Image.new("RGB", (len(panels) * width, height + 14 + 18 * -(-len(labels) // (3 * len(panels)))), "white")
+    pen = ImageDraw.Draw(sheet)
+    for panel, (title, runs) in enumerate(panels.items()):
+        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 14, height - pad, 12
+        top = max(curve[-1][0] for curves in runs.values() for curve in curves)
+
+        def point(x, y):
+            return x0 + (x1 - x0) * x / top, y0 + (y1 - y0) * (y - low) / (high - low)
+        for i in range(5):
+            y = low + (high - low) * i / 4
+            pen.line([point(0, y), point(top, y)], fill=(228, 228, 228))
+            pen.text((x0 - 34, point(0, y)[1] - 7), f"{y:.2f}", fill="black", font=font)
+        for x in ticks or [top * i / 4 for i in range(5)]:
+            pen.text((point(x, 0)[0] - 12, y0 + 4), f"{x:,.0f}", fill="black", font=font)
+        pen.text(((x0 + x1) // 2 - 50, y0 + 20), title, fill="black", font=font)
+        for label, curves in runs.items():
+            color = COLORS[labels.index(label) % len(COLORS)]
+            pale = tuple((c + 2 * 255) // 3 for c in color)
+            for curve in curves:
+                pen.line([point(x, y) for x, y in curve], fill=pale, width=1)
+            first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+            xs = [first + (last - first) * i / 60 for i in range(61)]
+            means = np.mean([np.interp(xs, *zip(*curve)) for curve in curves], axis=0)
+            pen.line([point(x, y) for x, y in zip(xs, means)], fill=color, width=3)
+    for i, label in enumerate(labels):
+        x, y = left + 130 * (i % (3 * len(panels))), height + 2 + 18 * (i // (3 * len(panels)))
+        pen.line([(x, y + 7), (x + 22, y + 7)], fill=COLORS[i % len(COLORS)], width=3)
+        pen.text((x + 28, y), label, fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
 def wide(dtype):
     """The dtype of latents, log-probs and losses: float32, or float64 for a float64 network."""
     return torch.float64 if dtype == "float64" else torch.float32
