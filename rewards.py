@@ -2272,8 +2272,8 @@ NUMBER = {
                      for word in ("Alignment", "Coherence", "Style")], "low": 1, "high": 5, "max_tokens": 1024},
     "vlm": {
         "question": "Does this image show what the prompt asks for, all of it and nothing else, and does it look "
-                    "right? Think in one or two sentences, then end with a line 'Score: N', N from 1, not at all, to 5, "
-                    "perfectly.\nPrompt: {prompt}",
+                    "right? Think in one or two sentences, then end with a line 'Score: N', N from 1, not at all, to "
+                    "5, perfectly.\nPrompt: {prompt}",
         "patterns": [r"Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "max_tokens": 1024}}
 
 
