@@ -376,8 +376,8 @@ def prompts(spec, split):
     """The prompts of a run, list[dict] with at least "prompt"; the other keys are what a verifier needs.
 
     spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
-    .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column). A file's rows
-    are the same for every split.
+    .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column, or UniGenBench's
+    columns). A file's rows are the same for every split.
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -417,8 +417,31 @@ def _rows(suffix, text):
     if suffix == ".jsonl":
         return [json.loads(line) for line in lines]
     if suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        return [unigenbench_row(row) if {"prompt_en", "prompt_zh"} & row.keys() else row for row in rows]
     return json.loads(text) if lines else []
+
+
+def unigenbench_row(row):
+    """A row of UniGenBench++'s .csv, English or Chinese: {"prompt", "index", "testpoints", "descriptions"}.
+
+    What is to be tested, a name and a description each, is JSON in the row. One published row lacks a comma in it: that
+    is put in, and said. Raises ValueError, in one line, for a row that cannot be read.
+    """
+    language = "en" if "prompt_en" in row else "zh"
+    keys = ("Testpoints", "Testpoint Description") if language == "en" else ("考点", "考点对应描述")
+    text = row.get(f"sub_dims_{language}") or ""
+    for tried in (text, re.sub(r'(?<=\w")\s+(?=")', ", ", text)):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            points, descriptions = (json.loads(tried)[key] for key in keys)
+            if len(points) == len(descriptions) > 0:
+                if tried != text:
+                    tqdm.write(f"UniGenBench's row {row.get('index')}: a comma is missing between two test points, put "
+                               f"in here", file=sys.stderr)
+                return {"prompt": row[f"prompt_{language}"], "index": row.get("index"), "testpoints": points,
+                        "descriptions": descriptions}
+    raise ValueError(f"UniGenBench's row {row.get('index')}: sub_dims_{language} holds no test points with a "
+                     f"description each: {text[:100]!r}")
 
 
 # GenEval's prompts (Ghosh et al., arXiv:2310.11513). The benchmark is a list of 553 that a seeded program wrote; here
@@ -935,35 +958,54 @@ def caption_fault(text):
     return "caption too short" if len(words) < WORDS[0] else "caption too long" if len(words) > WORDS[1] else None
 
 
-def ask(args, prompt, image, stop):
-    """An OpenAI-compatible server's answer to a prompt about an image: (text, finish_reason).
+class NoAnswer(ValueError):
+    """A server gave no answer, however often it was asked."""
 
-    A server that is slow, busy (429), broken (5xx) or answers noise is asked again, args.retries times, after waits
-    that double, with jitter, until `stop` is set. ValueError after the last one, and at once for any other refusal.
+
+def chat(server, model, messages, stop, timeout=120., retries=6, backoff=1., **options):
+    """An OpenAI-compatible server's first choice: a dict, its text in choice["message"]["content"], stripped.
+
+    server: the address up to /v1; messages: as the API has them; options: more fields of the request, such as
+    max_tokens. The key is $OPENAI_API_KEY. A server that is slow, busy (429), broken (5xx) or answers noise is asked
+    again, `retries` times, after waits that double, with jitter, until the Event `stop` is set. Raises NoAnswer after
+    the last one, and ValueError at once for any other refusal.
     """
-    buffer = io.BytesIO()
-    image.thumbnail((1024, 1024))
-    image.save(buffer, "JPEG", quality=95)
-    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    body = json.dumps({"model": args.model, "temperature": 0, "max_tokens": 256,
-                       "messages": [{"role": "user", "content": content}]}).encode()
-    request = urllib.request.Request(f"{args.server.rstrip('/')}/chat/completions", body, {
+    body = json.dumps({"model": model, "temperature": 0, **options, "messages": messages}).encode()
+    request = urllib.request.Request(f"{server.rstrip('/')}/chat/completions", body, {
         "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
-    for n in range(args.retries + 1):
+    for n in range(retries + 1):
         try:
-            with urllib.request.urlopen(request, timeout=args.timeout) as reply:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
                 choice = json.load(reply)["choices"][0]
-            return (choice["message"]["content"] or "").strip(), choice.get("finish_reason")
+            choice["message"]["content"] = (choice["message"]["content"] or "").strip()
+            return choice
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
-                raise ValueError(f"{args.server} refused: {problem}: {error.read(300)!r}") from None
+                raise ValueError(f"{server} refused: {problem}: {error.read(300)!r}") from None
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"               # unreachable, slow, torn off, or not an answer
-        if n == args.retries or stop.wait(min(60, args.backoff * 2**n) * (.5 + random.random())):
-            raise ValueError(f"{args.server} failed {n + 1} times, the last by {problem}: finished shards are "
-                             f"kept; once it is well, the same command goes on")
+        if n == retries or stop.wait(min(60, backoff * 2**n) * (.5 + random.random())):
+            raise NoAnswer(f"{server} failed {n + 1} times, the last by {problem}")
+
+
+def picture_part(image, form="PNG"):
+    """A PIL image as a part of a message's content. form: PNG, or JPEG of quality 95."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **({"quality": 95} if form == "JPEG" else {}))
+    url = f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def ask(args, prompt, image, stop):
+    """A server's answer to a prompt about an image: (text, finish_reason). Raises as `chat` does."""
+    image.thumbnail((1024, 1024))
+    messages = [{"role": "user", "content": [picture_part(image, "JPEG"), {"type": "text", "text": prompt}]}]
+    try:
+        choice = chat(args.server, args.model, messages, stop, args.timeout, args.retries, args.backoff, max_tokens=256)
+    except NoAnswer as error:
+        raise ValueError(f"{error}: finished shards are kept; once it is well, the same command goes on") from None
+    return choice["message"]["content"], choice.get("finish_reason")
 
 
 def aesthetic(spec):

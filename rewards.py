@@ -11,12 +11,15 @@ makes one from a name, a weighted sum of names, or a function of yours.
     Mask2Former    GenEval's detector, and mmdet's way from its output to objects
     GenEval        geneval, geneval-strict, geneval-correct; the benchmark's folders and table
     OCR            ocr (PP-OCRv4), ocr-gold (CRAFT + CRNN): the text between the prompt's double quotes
-    Command line   scores a folder of images
+    Judges         unifiedreward, unifiedreward-2, deqa, unigenbench, vlm: models behind a server
+    Benchmarks     bench: images of a model, made and scored under a protocol that is written down
+    Command line   scores a folder of images, or runs a benchmark
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
     python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
 """
 import argparse
+import ast
 import collections
 import csv
 import functools
@@ -31,7 +34,9 @@ import re
 import statistics
 import string
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import safetensors.torch
@@ -55,7 +60,8 @@ def load(spec, weights=None, device="cpu"):
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
-    trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)}.
+    trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
+    score.rewards {name: its function}, of which a judge's has `unparsed`, the share that it failed to read, and more.
     """
     terms = []
     for term in spec.split(","):
@@ -77,6 +83,7 @@ def load(spec, weights=None, device="cpu"):
             score.values[name] = values.detach()
         return total
     score.values, score.weights = {}, {name: sum(f for n, f, _ in terms if n == name) for name, *_ in terms}
+    score.rewards = {name: reward for name, _, reward in terms}
     return score
 
 
@@ -2127,6 +2134,310 @@ def ocr_reward(name, engine, most=8):
 
 
 # =====================================================================================================================
+# Judges
+# =====================================================================================================================
+# Vision-language models behind an OpenAI-compatible server, such as `vllm serve MODEL`. Where it is, and what it calls
+# the model, says the environment: for all judges, or with a reward's name in capitals, _ for -, for this one.
+#
+#     JUDGE_SERVER=http://HOST:PORT/v1 JUDGE_MODEL=NAME      OPENAI_API_KEY where it wants one; optional: SETTINGS below
+#     UNIFIEDREWARD_2_SERVER=... UNIFIEDREWARD_2_MODEL=...   and so on
+#     VLM_TEMPLATE=FILE.json                                 another question, for the judges of NUMBER below
+#
+# An answer that cannot be read is asked for again, then the image's reward is NaN, which the trainer masks; never 0.
+
+TRIES = 3                                     # times that one answer is asked for in a form that can be read
+SETTINGS = {"WORKERS": 32, "TIMEOUT": 120., "RETRIES": 5, "BACKOFF": 1.}       # JUDGE_WORKERS: questions at once;
+                                              # TIMEOUT, and BACKOFF, the first wait before a retry: seconds
+
+
+def judge_setting(name, key, default=None):
+    """$NAME_KEY, of the judge `name`, else $JUDGE_KEY, else the default; a number if the default is one."""
+    own = f"{name.upper().replace('-', '_')}_{key}"
+    value = os.environ.get(own) or os.environ.get(f"JUDGE_{key}") or default
+    if default is None:
+        return value
+    if not (_is_number(value) and float(value) >= (1 if key == "WORKERS" else 0)):
+        raise ValueError(f"{own if os.environ.get(own) else f'JUDGE_{key}'}={value}: a number, {key.lower()} to use")
+    return type(default)(float(value))
+
+
+def judge(name, question, read, form="PNG", size=None, prefill="", **options):
+    """A function ask(images (B, 3, H, W), prompts, metas) -> B answers, None where none came that can be read.
+
+    question(prompt, meta): the text that goes with the image; ValueError for a meta that will not do. read(choice,
+    meta): the answer in a server's choice, ValueError or LookupError if it is not in there. form, size: the picture's,
+    PNG or JPEG, its own size or resized to (W, H). prefill: how the answer begins; options: fields of the request.
+    The first question is at temperature 0; it is asked again at 0.5, for at 0 the same answer would come back.
+    After each call ask.unparsed is the share of the images whose answers could not be read, ask.unanswered of those
+    that got none in time, ask.answers the answers. An image that is not finite is not asked about: None.
+    Raises ValueError for settings that are missing, a server that refuses, and one that answers nobody any more.
+    """
+    server, model = (judge_setting(name, key) for key in ("SERVER", "MODEL"))
+    workers, *patience = (judge_setting(name, *item) for item in SETTINGS.items())
+    if not model or not re.match("https?://", server or ""):
+        raise ValueError(f"the reward {name!r} asks an OpenAI-compatible server: set JUDGE_SERVER=http://HOST:PORT/v1 "
+                         f"and JUDGE_MODEL=NAME in the environment, or {name.upper().replace('-', '_')}_SERVER and "
+                         f"_MODEL for this judge alone")
+    start = [{"role": "assistant", "content": prefill}] if prefill else []
+    extra = {"continue_final_message": True, "add_generation_prompt": False} if prefill else {}
+
+    def ask(images, prompts, metas):
+        texts = [question(prompt, meta) for prompt, meta in zip(prompts, metas, strict=True)]
+        arrays = (images.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        stop, count, odd, down = threading.Event(), collections.Counter(), [], []
+
+        def one(i):
+            picture = Image.fromarray(arrays[i])
+            content = [data.picture_part(picture.resize(size, Image.BICUBIC) if size else picture, form),
+                       {"type": "text", "text": texts[i]}]
+            for n in range(TRIES):
+                before = count["answered"]
+                try:
+                    choice = data.chat(server, model, [{"role": "user", "content": content}, *start], stop, *patience,
+                                       temperature=.5 if n else 0, **options, **extra)
+                except data.NoAnswer as error:
+                    if stop.is_set() or count["answered"] == before:   # nobody else was answered either: it is down
+                        down.append(error)
+                        stop.set()
+                        raise
+                    count["unanswered"] += 1
+                    return None
+                count["answered"] += 1
+                try:
+                    return read(choice, metas[i])
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    odd.append(choice["message"]["content"])
+            count["unparsed"] += 1
+            return None
+
+        finite, pool = images.isfinite().flatten(1).all(1).tolist(), ThreadPoolExecutor(workers)
+        try:
+            ask.answers = list(pool.map(lambda i: one(i) if finite[i] else None, range(len(images))))
+        except data.NoAnswer:
+            raise ValueError(f"{name}: {down[0]}, and no other question was answered meanwhile: start the server, or "
+                             f"give it more time, JUDGE_TIMEOUT, and fewer questions at once, JUDGE_WORKERS") from None
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        ask.unparsed, ask.unanswered = (count[key] / max(len(images), 1) for key in ("unparsed", "unanswered"))
+        if count["unparsed"] or count["unanswered"]:
+            tqdm.write(f"{name}: of {len(images)} images {count['unparsed']} have no answer that can be read"
+                       f"{f', such as {odd[-1][:80]!r},' if odd else ''} and {count['unanswered']} none at all: NaN",
+                       file=sys.stderr)
+        return ask.answers
+    ask.unparsed, ask.unanswered, ask.answers, ask.model = 0., 0., [], model
+    return ask
+
+
+def judged(name, make_judge, score):
+    """A maker of the reward score(answer) of a judge's answers; its attributes unparsed, unanswered and answers too."""
+    def make(weights=None, device="cpu"):
+        ask = make_judge(name)
+
+        def reward(images, prompts, metas):
+            answers = ask(images, prompts, metas)
+            reward.unparsed, reward.unanswered, reward.answers = ask.unparsed, ask.unanswered, answers
+            return torch.tensor([math.nan if a is None else score(a) for a in answers], device=images.device)
+        reward.unparsed, reward.unanswered, reward.answers, reward.model = 0., 0., [], ask.model
+        return reward
+    return make
+
+
+def answer_text(choice):
+    """The text of a choice; ValueError for one that was cut off, whose last number may be half of one."""
+    if choice.get("finish_reason") == "length":
+        raise ValueError("the answer was cut off")
+    return choice["message"]["content"]
+
+
+# --------------------------------------------------------------------------------- a number, or the mean of several
+
+# A question and how its answer is read: patterns, a regular expression for each number, the last that matches counts;
+# weights of their sum, the mean by default; low and high, what a number may be. The reward is the sum over high.
+# UnifiedReward's questions ask for the form of answer that its models were trained to give, in words of ours: who wants
+# the authors' own puts them into a template, {"question": "... {prompt} ..."}.
+NUMBER = {
+    "unifiedreward": {                                                 # v1.5
+        "question": "<image>\nYou are given a text caption and a generated image based on that caption. Rate the image "
+                    "by two key criteria:\n1. Alignment with the Caption: does it show what the caption says?\n2. "
+                    "Overall Image Quality: is it clear, detailed, well composed and free of visible faults?\nExplain "
+                    "in short, then assign a score from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]",
+        "patterns": [r"Final Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "size": 512, "max_tokens": 1024},
+    "unifiedreward-2": {
+        "question": "You are given a text caption and a generated image based on that caption. Rate the image from 1 "
+                    "to 5 for its alignment with the caption, its coherence (is all of it whole and possible?) and its "
+                    "style (is it beautiful, whatever it shows?). Answer in three lines:\nAlignment Score (1-5): X\n"
+                    "Coherence Score (1-5): Y\nStyle Score (1-5): Z\nText Caption: [{prompt}]",
+        "patterns": [rf"{word} Score(?: \(1-5\))?:[\s*]*(\d+(?:\.\d+)?)"
+                     for word in ("Alignment", "Coherence", "Style")], "low": 1, "high": 5, "max_tokens": 1024},
+    "vlm": {
+        "question": "Does this image show what the prompt asks for, all of it and nothing else, and does it look "
+                    "right? Think in one or two sentences, then end with a line 'Score: N', N from 1, not at all, to "
+                    "5, perfectly.\nPrompt: {prompt}",
+        "patterns": [r"Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "max_tokens": 1024}}
+
+
+def fill(name, question, prompt, meta):
+    """A question with {prompt}, or any key of the meta, put in. ValueError for a key that the meta has not."""
+    known = {**meta, "prompt": prompt}
+
+    def value(match):
+        if match[1] not in known:
+            raise ValueError(f"the reward {name!r} puts {{{match[1]}}} into its question, and the prompt "
+                             f"{prompt[:100]!r} has only {', '.join(known)}")
+        return str(known[match[1]])
+    return re.sub(r"\{(\w+)\}", value, question)
+
+
+def judge_number(name):
+    """The judge NUMBER[name], or what the JSON file $NAME_TEMPLATE puts in its place."""
+    template, file = NUMBER[name], judge_setting(name, "TEMPLATE")
+    if file:
+        try:
+            own = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+            unknown = own.keys() - {*template, "weights", "size"}
+            template = {**template, **own}
+            groups = [re.compile(pattern).groups for pattern in template["patterns"]]
+        except (OSError, ValueError, TypeError, AttributeError, re.error) as e:
+            raise ValueError(f"{name}: cannot use the template {file}: {e}") from None
+        if unknown or set(groups) != {1} or not template["low"] < template["high"]:
+            raise ValueError(f"{name}: the template {file} has {', '.join(unknown) or 'wrong patterns, low or high'}: "
+                             f"it may have question, patterns, a group in each, weights, low < high, size, max_tokens")
+    weights = template.get("weights") or [1 / len(template["patterns"])] * len(template["patterns"])
+    if len(weights) != len(template["patterns"]):
+        raise ValueError(f"{name}: {len(weights)} weights for {len(template['patterns'])} patterns in {file}")
+
+    def read(choice, meta):
+        numbers = [float(re.findall(pattern, answer_text(choice))[-1]) for pattern in template["patterns"]]
+        if not all(template["low"] <= number <= template["high"] for number in numbers):
+            raise ValueError(f"out of range: {numbers}")
+        return sum(w * number for w, number in zip(weights, numbers)) / template["high"]
+    size = template.get("size")
+    return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read,
+                 size=(size, size) if size else None, max_tokens=template["max_tokens"])
+
+
+# ------------------------------------------------------------------------- DeQA: a mean by five words' probabilities
+
+LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
+
+
+def read_levels(choice, meta=None):
+    """The expected level, 1 to 5, by the log-probs of the answer's first token, shared out over the five words alone.
+
+    A token that is only a word's beginning, of three letters or more, counts as the word. ValueError if there is none.
+    """
+    mass = dict.fromkeys(LEVELS, 0.)
+    for row in choice["logprobs"]["content"][0]["top_logprobs"]:
+        token = row["token"].strip(" \u2581\u0120").lower()            # how tokenizers write a space
+        for word in LEVELS:
+            if word == token or len(token) >= 3 and word.startswith(token):
+                mass[word] += math.exp(row["logprob"])
+    if not sum(mass.values()) > 0:
+        raise ValueError("none of the five words is among the likeliest tokens")
+    return sum(LEVELS[word] * p for word, p in mass.items()) / sum(mass.values())
+
+
+def judge_deqa(name):
+    return judge(name, lambda prompt, meta: "How would you rate the quality of this image?", read_levels,
+                 prefill="The quality of the image is", max_tokens=1, logprobs=True, top_logprobs=20)
+
+
+# ------------------------------------------------------------------ UniGenBench++: a yes or no for each test point
+
+# The 27 points, their names in the Chinese files, and what is asked, in our words. What stands before " - " is one of
+# ten dimensions.
+POINTS = {
+    "Style": ("风格", "the image has the style that the prompt names, such as a school, a medium or a look"),
+    "World Knowledge": ("世界知识", "famous people, places, things and facts look as they are known to be"),
+    "Attribute - Quantity": ("属性-数量", "the things are as many as the prompt says"),
+    "Attribute - Expression": ("属性-表情", "the faces show the emotion that the prompt says"),
+    "Attribute - Material": ("属性-材质", "the things are of the material or texture that the prompt says"),
+    "Attribute - Color": ("属性-颜色", "the things have the colors that the prompt says"),
+    "Attribute - Shape": ("属性-形状", "the things have the shape that the prompt says"),
+    "Attribute - Size": ("属性-大小", "the things have the size, absolute or beside others, that the prompt says"),
+    "Action - Hand (Character/Anthropomorphic)": (
+        "动作-人物/拟人手部动作", "the hands of a person, or of what acts like one, are sound and do what the prompt says"),
+    "Action - Full-body (Character/Anthropomorphic)": (
+        "动作-人物/拟人全身动作", "a person, or what acts like one, stands or moves as the prompt says"),
+    "Action - Animal": ("动作-动物动作", "the animals do what the prompt says"),
+    "Action - Contact Interaction": ("动作-实体间有接触互动", "two things touch and act on each other as the prompt says"),
+    "Action - Non-contact Interaction": (
+        "动作-实体间无接触互动", "two things act on each other without touching, as by a look, as the prompt says"),
+    "Action - State": ("动作-状态", "the things are in the lasting state that the prompt says"),
+    "Relationship - Composition": ("关系-构成关系", "a whole consists of the parts that the prompt says"),
+    "Relationship - Similarity": ("关系-相似关系", "the things are alike in what the prompt says"),
+    "Relationship - Inclusion": ("关系-包含关系", "a thing is inside, or holds, another as the prompt says"),
+    "Relationship - Comparison": ("关系-比较关系", "the things differ from each other as the prompt says"),
+    "Compound - Imagination": ("复合考点-想象力", "what the real world has not is shown as the prompt says, and convinces"),
+    "Compound - Feature Matching": (
+        "复合考点-不同实体特征匹配", "each thing has all of its own attributes, and none of another's"),
+    "Entity Layout - Two-Dimensional Space": ("实体布局-二维空间", "the things stand left, right, above and below as said"),
+    "Entity Layout - Three-Dimensional Space": ("实体布局-三维空间", "the things stand before, behind, in and on as said"),
+    "Grammar - Pronoun Reference": ("语法-代词指代", "what a pronoun says belongs to the thing that it stands for"),
+    "Grammar - Consistency": ("语法-统一性", "what the prompt says of several things holds for all of them"),
+    "Grammar - Negation": ("语法-否定", "what the prompt says is not there is not there"),
+    "Logical Reasoning": ("逻辑推理", "what follows from the prompt, as a cause or a consequence, is shown"),
+    "Text Generation": ("文本生成", "the text that the prompt asks for is there, legible and spelled right")}
+ENGLISH = {chinese: name for name, (chinese, _) in POINTS.items()}
+
+
+def point_name(name):
+    """A test point's English name; ValueError for one that UniGenBench++ has not."""
+    name = ENGLISH.get(name, name)
+    if name not in POINTS:
+        raise ValueError(f"UniGenBench++ has no test point {name!r}: {', '.join(POINTS)}")
+    return name
+
+
+def unigenbench_question(prompt, meta):
+    points, descriptions = meta.get("testpoints"), meta.get("descriptions")
+    if not isinstance(points, list) or not isinstance(descriptions, list) or not 0 < len(points) == len(descriptions):
+        raise ValueError("the reward 'unigenbench' needs a meta with 'testpoints' and as many 'descriptions', as "
+                         f"data.prompts makes them of UniGenBench's .csv files; {prompt[:100]!r} has none")
+    lines = "\n".join(f"{i}. {point_name(point)}: {POINTS[point_name(point)][1]}. Here: {text}"
+                      for i, (point, text) in enumerate(zip(points, descriptions), 1))
+    return (f"This image was made from the prompt: {prompt}\n\nJudge it strictly by each of these test points, in this "
+            f"order:\n{lines}\n\nAnswer in this form: <description>what the image shows<analysis>[\"why, for each "
+            f"point\", ...]</analysis><score>[1 where a point is met, 0 where it is not, ...]</score></description>. "
+            f"Both lists have {len(points)} entries.")
+
+
+def read_points(choice, meta):
+    """[0 or 1 for each test point] of <analysis>[...]</analysis><score>[...]</score>, both as long as the points."""
+    text = answer_text(choice)
+    try:
+        analysis, score = (ast.literal_eval(re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)[-1].strip())
+                           for tag in ("analysis", "score"))
+    except (SyntaxError, MemoryError, RecursionError) as e:
+        raise ValueError(str(e)) from None
+    if not len(analysis) == len(score) == len(meta["testpoints"]) or not all(s in (0, 1) for s in score):
+        raise ValueError(f"not a 0 or 1 for each test point: {score}")
+    return [int(s) for s in score]
+
+
+def judge_unigenbench(name):
+    return judge(name, unigenbench_question, read_points, form="JPEG", max_tokens=4096)
+
+
+def unigenbench_summary(rows):
+    """{dimension: share of its points met}, ten of them, their mean "overall", and {point: share} of the 27.
+
+    rows: dicts with "testpoints" and "points", an answer of read_points; None where it failed: left out.
+    """
+    met = {}
+    for row in rows:
+        for name, point in zip(row["testpoints"], row["points"] or ()):
+            name = point_name(name)
+            for key in dict.fromkeys((name.partition(" - ")[0], name)):
+                met.setdefault(key, []).append(point)
+    shares = {key: sum(some) / len(some) for key, some in met.items()}
+    dimensions = {key: share for key, share in shares.items() if " - " not in key}
+    return {**dimensions, "overall": sum(dimensions.values()) / len(dimensions) if dimensions else math.nan,
+            "points": {key: shares[key] for key in POINTS if key in shares}}
+
+
+# =====================================================================================================================
 # Names
 # =====================================================================================================================
 REWARDS = {
@@ -2145,7 +2456,10 @@ REWARDS = {
     "geneval-strict": functools.partial(geneval, key="strict"),                                      # 0 or 1
     "geneval-correct": functools.partial(geneval, key="correct"),                                    # the benchmark's
     "ocr": ocr_reward("ocr", PPOCR),
-    "ocr-gold": ocr_reward("ocr-gold", EasyOCR)}
+    "ocr-gold": ocr_reward("ocr-gold", EasyOCR),
+    **{name: judged(name, judge_number, lambda answer: answer) for name in NUMBER},                  # 0.2 to 1
+    "deqa": judged("deqa", judge_deqa, lambda level: level / 5),                                     # the trainers'
+    "unigenbench": judged("unigenbench", judge_unigenbench, lambda points: sum(points) / len(points))}
 
 
 # =====================================================================================================================
