@@ -7,6 +7,7 @@ makes one from a name, a weighted sum of names, or a function of yours.
     The verifier   shapes: the tiny world's scenes, read back from their pixels; needs no weights
     Rules          GenEval's and the OCR task's, from what was found in an image to its score
     CLIP           pickscore, hpsv2, clip-l14, clip-dfn, clipscore, aesthetic
+    A proxy        tiny-clip: a CLIP of the tiny world, made to be hacked; how it was trained
     ImageReward    imagereward
     Mask2Former    GenEval's detector, and mmdet's way from its output to objects
     GenEval        geneval, geneval-strict, geneval-correct; the benchmark's folders and table
@@ -17,6 +18,7 @@ makes one from a name, a weighted sum of names, or a function of yours.
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
     python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
+    python rewards.py train-proxy                               # makes tests/tiny-clip again
 """
 import argparse
 import ast
@@ -31,6 +33,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import string
 import sys
@@ -788,13 +791,14 @@ DOWNLOADS = {
                            f"improved-aesthetic-predictor/raw/main/{HEAD.replace('+', '%2B')}"),
     "imagereward": (("ImageReward.pt", "vocab.txt"), _HF.format("THUDM/ImageReward", "ImageReward.pt") + " && " +
                     _HF.format("google-bert/bert-base-uncased", "vocab.txt")),
+    "tiny-clip": (("config.json", "model.safetensors", *_BPE_FILES), "python rewards.py train-proxy --out {}"),
     "mask2former": (("model.safetensors|" + MMDET_FILE,),
                     _HF.format("facebook/mask2former-swin-small-coco-instance", "config.json model.safetensors"))}
 
 
 def weights_of(name, weights=None):
     """The directory weights/name, complete. Raises ValueError that says what is missing and the command to get it."""
-    directory = pathlib.Path(weights or HERE / "weights") / name
+    directory = pathlib.Path(weights or HERE / ("tests" if name == "tiny-clip" else "weights")) / name
     files, command = DOWNLOADS[name]
     absent = [file.partition("|")[0] for file in files             # a|b: either will do
               if not any((directory / name).is_file() for name in file.split("|"))]
@@ -851,6 +855,81 @@ def aesthetic(weights=None, device="cpu", how="pil"):
         head = Affine(net.config["projection_dim"])
     head = read_weights(head, head_file, device)
     return in_batches(lambda images, prompts: head(net.image(clip_pixels(images.to(device), net.size, how))))
+
+
+# =====================================================================================================================
+# A proxy: tiny-clip
+# =====================================================================================================================
+# To the tiny world what PickScore and HPSv2 are to ours: a CLIP that learned from the same noisy captions as the model
+# that it judges. It knows what captions say reliably, hardly what they often say wrongly (relations, numbers, whose
+# colour is whose), and nothing of what they never mention: the ground, an edge, one object too many. It is trained to
+# see through noise and blur, so it does not mind them. tests/test_proxy.py has the figures.
+
+PROXY = dict(
+    projection_dim=64, text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                                        num_attention_heads=2, max_position_embeddings=16),
+    vision_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, patch_size=4,
+                       image_size=28))
+
+
+def contrastive_loss(cosine, scale, same):
+    """CLIP's loss: each image shall find its caption among the batch's, each caption its image.
+
+    cosine: (B, B), images x captions; scale: exp(logit_scale) (); same: (B, B) bool, which captions are equal: those
+    share the target. Returns (). Source: Radford et al., arXiv:2103.00020, Fig. 3, where all captions differ.
+    """
+    logits, target = scale * cosine, F.normalize(same.to(cosine), p=1, dim=1)              # (B, B); rows sum to 1
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def worn(images, generator):
+    """Images as a sampler might leave them: each blurred by a random share of a 3 x 3 mean, with noise of std 0 to .15.
+
+    images: (B, 3, S, S) in [0, 1]; a quarter of them stays as it is. Returns the same shape, values in [0, 1].
+    """
+    share, std, keep = torch.rand(3, len(images), 1, 1, 1, generator=generator)
+    blurred = images.lerp(_mean(images), share)
+    noisy = blurred + .15 * std * torch.randn(images.shape, generator=generator)
+    return torch.where(keep < .25, images, noisy.clamp(0, 1))
+
+
+def train_proxy(args):
+    """Make tiny-clip from one seed: `contrastive_loss` on the tiny world's images, worn, and their noisy captions.
+
+    AdamW; the rate rises for 100 steps and falls to zero over the last four fifths. OUT changes only at the end.
+    Raises ValueError for sizes and a rate that nothing can be trained with.
+    """
+    if args.batch < 2 or args.images < 2 * args.batch or not 0 < args.lr < math.inf:
+        raise ValueError(f"--batch {args.batch}, --images {args.images}, --lr {args.lr}: at least 2 images a batch, "
+                         f"two batches and a rate above 0. Try --batch 128 --images 120000 --lr 0.002")
+    torch.manual_seed(args.seed)
+    out, new, steps = pathlib.Path(args.out), pathlib.Path(f"{args.out}.new"), args.images // args.batch
+    shutil.copytree(models.TINY_DIR / "tokenizer", new, dirs_exist_ok=True)
+    tokenize = models.CLIPTokenizer(new)                               # the end of text is its last token
+    words = dict(vocab_size=tokenize.end + 1, bos_token_id=tokenize.start, eos_token_id=tokenize.end)
+    net = CLIP(**{**PROXY, "text_config": PROXY["text_config"] | words}).init_weights().to(args.device)
+    opt = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=.1)
+    stream = data.WorldStream(args.seed, 0, args.batch, net.size)
+    bar = tqdm(range(steps), desc="train-proxy", mininterval=5, dynamic_ncols=True)
+    for step in bar:
+        images, captions = stream(step)
+        told = [i for i, caption in enumerate(captions) if caption]    # b of the batch's images have a caption
+        images = worn(images[told], torch.Generator().manual_seed(data.mix(args.seed, step)))
+        ids = tokenize([captions[i] for i in told]).to(args.device)                        # (b, L)
+        cosine = net.image(clip_pixels(images.to(args.device), net.size, "bicubic")) @ net.text(ids).T     # (b, b)
+        loss = contrastive_loss(cosine, net.logit_scale.exp(), (ids[:, None] == ids).all(2))
+        loss.backward()
+        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100, (steps - step) / (.8 * steps))
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        net.logit_scale.data.clamp_(max=math.log(100))                 # as in the paper
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{net.logit_scale.exp().item():.1f}")
+    net.save_pretrained(new, torch.float16)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in new.iterdir():
+        os.replace(file, out / file.name)
+    new.rmdir()
 
 
 # =====================================================================================================================
@@ -2451,6 +2530,7 @@ REWARDS = {
     "clip-dfn": clip_reward("clip-dfn", "H/14-378", lambda cosine, scale: cosine, "pil", open_clip_text),
     "clipscore": clip_reward("clip-l14", "L/14", lambda cosine, scale: scale * cosine / 30, "bilinear"),   # DGPO's
     "aesthetic": aesthetic,
+    "tiny-clip": clip_reward("tiny-clip", None, lambda cosine, scale: cosine, "bicubic"),
     "imagereward": imagereward,
     "geneval": geneval,                                                                              # continuous
     "geneval-strict": functools.partial(geneval, key="strict"),                                      # 0 or 1
@@ -2503,13 +2583,27 @@ def _open(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
-    parser.add_argument("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
-    parser.add_argument("--weights", help="the directory of the reward networks' weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    train = argv[:1] == ["train-proxy"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="rewards.py train-proxy --help: how "
+                                     "tiny-clip was made", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    if train:
+        add("--out", default=str(HERE / "tests" / "tiny-clip"), help="the model's directory, transformers' layout")
+        add("--images", type=int, default=120_000, help="training images in all")
+        add("--batch", type=int, default=128, help="images that a caption is told apart from")
+        add("--lr", type=float, default=2e-3, help="AdamW's peak rate")
+        add("--seed", type=int, default=0, help="of the weights and the images")
+    else:
+        add("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
+        add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
+        add("--weights", help="the directory of the reward networks' weights")
+    args = parser.parse_args(argv[train:])
     try:
+        if train:
+            train_proxy(args)
+            return 0
         rows = score_folder(args.reward, args.images, args.weights, args.device)
     except ValueError as e:
         print(e, file=sys.stderr)
