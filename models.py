@@ -1449,7 +1449,9 @@ CONFIGS = {                           # the public files', for what comes withou
     "sd14": ("StableDiffusionPipeline", 1.0, {
         "unet": dict(sample_size=64, cross_attention_dim=768),
         "vae": dict(VAE_CONFIG, sample_size=512, latent_channels=4, use_quant_conv=True, use_post_quant_conv=True),
-        "text_encoder": dict(CLIP_L, architectures=["CLIPTextModel"])})}
+        "text_encoder": dict(CLIP_L, architectures=["CLIPTextModel"])}),
+    "uvit": ("UViTPipeline", 1.0, {                                   # in public nowhere: ProxT2I's sizes
+        "transformer": UVITS["uvit"], "vae": dict(VAE_CONFIG, scaling_factor=1.5305, shift_factor=0.0609)})}
 BESIDE = {"vae": ("ae",), "text_encoder": ("text_encoders/clip_l", "clip_l"),            # of an original single file
           "text_encoder_2": ("text_encoders/clip_g", "clip_g"),
           "text_encoder_3": ("text_encoders/t5xxl_fp16", "text_encoders/t5xxl", "t5xxl_fp16", "t5xxl")}
@@ -1749,7 +1751,8 @@ def family(model, weights=""):
 
 
 def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
-    """A whole pipeline from a name (tiny, sd35m, flux, sd14) or a directory in the diffusers layout.
+    """A whole pipeline from a name (tiny, tiny-prox, tiny-score, sd35m, flux, sd14, uvit), or from a directory in the
+    diffusers layout.
 
     weights: the directory where it is not weights/<model>, or an original single file (sd3.5_medium.safetensors,
     flux1-dev.safetensors), whose directory then holds the rest. init="random": full-size networks with random weights
@@ -1767,6 +1770,10 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         if model in SOURCES:
             raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come by: pip "
                                     f"install huggingface_hub && hf download {SOURCES[model]} --local-dir {directory}")
+        if model in UVITS:
+            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
+                                    f"They come by: python proxt2i.py train --model {model} --preset paper --weights "
+                                    f"ENCODERS --images IMAGES --out OUT, then --weights OUT/model")
         raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is tiny, "
                                 f"{', '.join(SOURCES)} or a directory in the diffusers layout")
     if known and not (directory / "model_index.json").is_file():

@@ -68,8 +68,8 @@ class Config:
     predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)         [paper: noise]
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
     candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, Sec. 4.1]
-    zeta: float = 1.0                   # width of the matching loss                               [paper, Sec. 4.1]
-    zeta_start: float = 0.0             # ProxDM: falls from here to zeta after the warm-up; 0: constant   [ProxDM: 2]
+    zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, Sec. 4.1]
+    zeta_start: float = 0.0             # zeta falls from here after the warm-up; 0: constant      [ProxDM: from 2 to 1]
     warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
     zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, the network's answer; or x
     drop: float = 0.1                   # share of captions emptied                                [paper, Sec. 3.2]
@@ -90,7 +90,7 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
-    lr: float = 1e-4                    # AdamW; train and finetune have their own, STAGE_DEFAULTS  [paper: 8e-5]
+    lr: float = 1e-4                    # AdamW; train and finetune have their own, TINY and PAPER
     weight_decay: float = 1e-4          # AdamW
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -142,13 +142,20 @@ class Config:
 
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whose they are; sde-mean: the last step's
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}           # noise is left out
-PAPER = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
-             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
-             minutes=1e6, kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
-PRESETS = {"tiny": {}, "paper": {"uvit": PAPER}}
-TRAIN = dict(lr=2e-3, ema=0.9985, steps=6000, minutes=1e6, weight_decay=0.01, eval_every=500, save_every=250,
-             val_images=240, micro_batch=256)                         # the tiny models' recipe
-STAGE_DEFAULTS = {"train": TRAIN, "finetune": {**TRAIN, "lr": 2e-4, "steps": 2000}}
+SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
+TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dtype="bfloat16"),     # by stage
+        "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
+LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
+            group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
+            minutes=1e6, kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
+MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
+PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
+         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
+
+
+def presets(stage):
+    """{preset: its numbers} for a stage, as data.cli takes them."""
+    return {"tiny": TINY.get(stage, {}), "paper": {"uvit": PAPER.get(stage, LONG)}}
 
 
 def counts(name, text):
@@ -781,8 +788,8 @@ def main(argv=None):
     stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     with data.exit_codes():
         data.choose("stage", stage, ("", *STAGES))
-        under = STAGE_DEFAULTS.get(stage, {}) | {"stage": stage or "rl"}
-        cfg = data.cli(Config, PRESETS, argv, {"prox": under, "score": under})
+        under = {"stage": stage or "rl"}
+        cfg = data.cli(Config, presets(stage), argv, {"prox": under, "score": under})
         if not stage and not cfg.resume:                               # the quick start: both, one after the other
             compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps="4,10", stage="compare",
                             out=f"{cfg.out}-compare" if cfg.out else ""))
