@@ -372,12 +372,16 @@ def contact_sheet(columns=6, seed=0, size=32, scale=4):
 # Prompts
 # =====================================================================================================================
 
+HPDV2 = ("curl -L --create-dirs -o weights/hpdv2/train.txt "            # as DanceGRPO trained on; its README names them
+         "https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets/prompts.txt")
+
+
 def prompts(spec, split):
     """The prompts of a run, list[dict] with at least "prompt"; the other keys are what a verifier needs.
 
     spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
     .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column). A file's rows
-    are the same for every split.
+    are the same for every split. HPDv2's are such files: train.json (a row for each pair of images), anime.json ...
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -392,7 +396,8 @@ def prompts(spec, split):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise ValueError(f"cannot read prompts from {path}: {e.strerror}") from None
+        raise ValueError(f"cannot read prompts from {path}: {e.strerror}" +
+                         f". HPDv2's come by: {HPDV2}" * ("hpdv2" in path.parts)) from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}; convert it first") from None
     try:

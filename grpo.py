@@ -127,16 +127,17 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
-        "clean_final": True,
+        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
-        "cfg_eval": 5.0, "eval_steps": 50}
+        "cfg_eval": 5.0, "eval_steps": 50, "reward": "hpsv2:1,clip-dfn:1"}                            # [SLAS, Sec. 6.1]
 METHODS = {"flow": {}, "dance": dict(noise_level=0.3, shared_noise=True)}          # under the preset and the flags
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
-    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": FLUX, "sd14": SD14}}
+    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": {**FLUX, "reward": "hpsv2"},
+                 "sd14": {**SD14, "reward": "hpsv2"}}}
 
 
 # =============================================================================================================== math

@@ -155,7 +155,8 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
-        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4", "fisher_every": 0,                  # [SLAS, Sec. 6.1]
+        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
+        "fisher_every": 0,                                             # no second derivatives in shards
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
