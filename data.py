@@ -372,12 +372,17 @@ def contact_sheet(columns=6, seed=0, size=32, scale=4):
 # Prompts
 # =====================================================================================================================
 
+HPDV2 = ("curl -L --create-dirs -o weights/hpdv2/train.txt "            # as DanceGRPO trained on; its README names them
+         "https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets/prompts.txt")
+
+
 def prompts(spec, split):
     """The prompts of a run, list[dict] with at least "prompt"; the other keys are what a verifier needs.
 
     spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
     .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column, or UniGenBench's
-    columns). A file's rows are the same for every split.
+    columns). A file's rows are the same for every split. HPDv2's are such files: train.json (a row for each pair of
+    images), anime.json ...
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -392,7 +397,8 @@ def prompts(spec, split):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise ValueError(f"cannot read prompts from {path}: {e.strerror}") from None
+        raise ValueError(f"cannot read prompts from {path}: {e.strerror}" +
+                         f". HPDv2's come by: {HPDV2}" * ("hpdv2" in path.parts)) from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}; convert it first") from None
     try:
@@ -1214,6 +1220,8 @@ def choose(name, value, options):
 
 def check_common(cfg):
     """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
+    if not cfg.gold_reward and cfg.prompts == "shapes":                # the only prompts that it can check
+        cfg.gold_reward = "shapes-strict"
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.group_size < 2:
         raise ValueError(f"--group-size {cfg.group_size}: an advantage compares images of one prompt, so 2 or more")
@@ -1470,10 +1478,22 @@ class Run:
         self.count["seconds"] = round(time.time() - self.start, 3)
         memory = {"memory": torch.cuda.max_memory_allocated() / 1e9} if self.device.type == "cuda" else {}     # GB
         if self.rank == 0:
+            if "eval_gold" in row:
+                row["parted"] = self._parted(row)
             row = {key: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None   # JSON has no NaN
                    for key, v in {**self.count, **row, **memory}.items()}
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
+
+    def _parted(self, row):
+        """Do proxy and gold part ways in this row of an evaluation? Said where the last evaluation's did not say so."""
+        before = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        found = parting([*before, {**self.count, **row}])
+        if found and not any([old["parted"] for old in before if "parted" in old][-1:]):
+            since, rise, fall = found
+            self.say(f"step {self.count['step']}: proxy and gold part ways, since step {since} {self.cfg.reward} rose "
+                     f"by {rise:.3g} and {self.cfg.gold_reward} fell by {fall:.3f} to {row['eval_gold']:.3f}")
+        return bool(found)
 
     def save(self, params, ema, opt, stream=None):
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
@@ -1697,6 +1717,41 @@ def reward_terms(run, score):
     return rows
 
 
+def verdict(cfg, rows, values):
+    """An evaluation as a row of metrics. rows: the prompts'; values: {reward: (rows,) float64, NaN where it failed}.
+
+    eval, tags: the mean of --eval-reward, and by GenEval's tags; eval_gold, gold_error: that of --gold-reward and its
+    standard error. Raises ValueError if a reward failed on more than a tenth.
+    """
+    values = {name: masked(name, value) for name, value in values.items()}
+    tags, gold = [row.get("tag", "all") for row in rows], values.get(cfg.gold_reward)
+    row = {"eval": values[cfg.eval_reward].nanmean().item(),
+           "tags": {tag: round(values[cfg.eval_reward][[t == tag for t in tags]].nanmean().item(), 4)
+                    for tag in dict.fromkeys(tags)}}
+    if gold is not None:
+        gold = gold[~gold.isnan()]
+        row |= {"eval_gold": gold.mean().item(), "gold_error": gold.std(correction=0).item() / math.sqrt(len(gold))}
+    return row
+
+
+def parting(rows, window=30):
+    """Do proxy and gold part ways? None, or the step since when, how much the proxy rose and how much gold fell.
+
+    rows: of metrics.jsonl, the last with eval_gold; it is compared with the last such row at least `window` rollouts
+    before. Proxy: mean `reward` of the second half of the rollouts between less that of the first half. Gold:
+    `eval_gold`. Each has to move by more than its standard error.
+    """
+    new, old = rows[-1], [row for row in rows if "eval_gold" in row and row["step"] <= rows[-1]["step"] - window][-1:]
+    proxy = [row["reward"] for row in rows if "reward" in row and old and row["step"] > old[0]["step"]]
+    if len(proxy) < 4:
+        return None
+    halves = proxy[:len(proxy) // 2], proxy[len(proxy) // 2:]
+    rise, fall = statistics.mean(halves[1]) - statistics.mean(halves[0]), old[0]["eval_gold"] - new["eval_gold"]
+    errors = (math.sqrt(sum(statistics.variance(half) / len(half) for half in halves)),
+              math.hypot(old[0]["gold_error"], new["gold_error"]))
+    return (old[0]["step"], rise, fall) if rise > errors[0] and fall > errors[1] else None
+
+
 def advantage_stats(reward, adv, group_size):
     """Where a rollout's gradient comes from. reward, adv: (B,), groups contiguous, NaN marks a failed reward.
 
@@ -1715,18 +1770,21 @@ def image_stats(images, group_size):
     """What reward hacking moves first, as floats. images: (B, 3, H, W) in [0, 1], groups contiguous.
 
     saturation: mean of max - min over the channels; contrast: mean standard deviation of an image's grey levels;
-    ground: roughness of the ground, the median difference of neighbouring pixels, 0 = flat;
+    ground, edges: roughness of the ground and how much there is of edges, the median and the mean difference of
+    neighbouring pixels, 0 = flat;
     diversity: mean standard deviation of a pixel within a group.
     """
     images = images.float()
     grey = images.mean(1)
 
-    def roughness(x):          # (G, 3, H, W) -> (G,); of a group at once, since 1000 images of 512 px would take 20 GB
+    def roughness(x):        # (G, 3, H, W) -> (2, G); of a group at once, since 1000 images of 512 px would take 20 GB
         across, down = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
-        return torch.cat([across.flatten(1), down.flatten(1)], 1).abs_().median(1).values
+        steps = torch.cat([across.flatten(1), down.flatten(1)], 1).abs_()
+        return torch.stack([steps.median(1).values, steps.mean(1)])
+    ground, edges = torch.cat([roughness(x) for x in images.split(group_size)], 1).mean(1).tolist()
     return {"saturation": (images.amax(1) - images.amin(1)).mean().item(),
             "contrast": grey.flatten(1).std(1).mean().item(),
-            "ground": torch.cat([roughness(x) for x in images.split(group_size)]).mean().item(),
+            "ground": ground, "edges": edges,
             "diversity": images.unflatten(0, (-1, group_size)).std(1).mean().item()}
 
 
@@ -1756,41 +1814,36 @@ COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 
 
 
 def chart(path, panels, ticks=None, width=420, height=300):
-    """Save curves as one PNG, panels side by side on one vertical scale. Colours are the labels', in their order.
+    """Save curves as one PNG, panels side by side. Colours are the labels', in their order.
 
-    panels: {title of the horizontal axis: {label: [curve, ...]}}, a curve is [(x, y), ...] with x rising; several of a
-    label are drawn thin, and their mean over the common range thick. ticks: what to write on the horizontal axis.
+    panels: {title of the horizontal axis: {label: [curve, ...]}}, a curve is [(x, y), ...]; several of a label are drawn
+    thin, and thick the mean of their first points, of their second ones, and so on. ticks: what stands on the
+    horizontal axis.
     """
     font, left, pad = ImageFont.load_default(12), 46, 40
-    ys = [y for runs in panels.values() for curves in runs.values() for curve in curves for _, y in curve]
-    labels = list(dict.fromkeys(label for runs in panels.values() for label in runs))
-    low, high = min(ys) - 0.02, max(ys) + 0.02
-    sheet = Image.new("RGB", (len(panels) * width, height + 14 + 18 * -(-len(labels) // (3 * len(panels)))), "white")
+    labels, row = list(dict.fromkeys(label for runs in panels.values() for label in runs)), 3 * len(panels)
+    sheet = Image.new("RGB", (len(panels) * width, height + 14 + 18 * -(-len(labels) // row)), "white")
     pen = ImageDraw.Draw(sheet)
     for panel, (title, runs) in enumerate(panels.items()):
+        xs, ys = zip(*(point for curves in runs.values() for curve in curves for point in curve))
+        start, end, low, high = min(xs), max(xs), min(ys) - .02, max(ys) + .02
         x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 14, height - pad, 12
-        top = max(curve[-1][0] for curves in runs.values() for curve in curves)
 
-        def point(x, y):
-            return x0 + (x1 - x0) * x / top, y0 + (y1 - y0) * (y - low) / (high - low)
-        for i in range(5):
-            y = low + (high - low) * i / 4
-            pen.line([point(0, y), point(top, y)], fill=(228, 228, 228))
-            pen.text((x0 - 34, point(0, y)[1] - 7), f"{y:.2f}", fill="black", font=font)
-        for x in ticks or [top * i / 4 for i in range(5)]:
-            pen.text((point(x, 0)[0] - 12, y0 + 4), f"{x:,.0f}", fill="black", font=font)
+        def place(x, y):
+            return x0 + (x1 - x0) * (x - start) / ((end - start) or 1), y0 + (y1 - y0) * (y - low) / (high - low)
+        for y in (low + (high - low) * i / 4 for i in range(5)):
+            pen.line([place(start, y), place(end, y)], fill=(228, 228, 228))
+            pen.text((x0 - 34, place(start, y)[1] - 7), f"{y:.2f}", fill="black", font=font)
+        for x in ticks or [start + (end - start) * i / 4 for i in range(5)]:
+            pen.text((place(x, low)[0] - 12, y0 + 4), f"{x:,.0f}" if end > 5 else f"{x:.2f}", fill="black", font=font)
         pen.text(((x0 + x1) // 2 - 50, y0 + 20), title, fill="black", font=font)
         for label, curves in runs.items():
             color = COLORS[labels.index(label) % len(COLORS)]
-            pale = tuple((c + 2 * 255) // 3 for c in color)
             for curve in curves:
-                pen.line([point(x, y) for x, y in curve], fill=pale, width=1)
-            first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
-            xs = [first + (last - first) * i / 60 for i in range(61)]
-            means = np.mean([np.interp(xs, *zip(*curve)) for curve in curves], axis=0)
-            pen.line([point(x, y) for x, y in zip(xs, means)], fill=color, width=3)
+                pen.line([place(*point) for point in curve], fill=tuple((c + 2 * 255) // 3 for c in color), width=1)
+            pen.line([place(*np.mean(points, axis=0)) for points in zip(*curves)], fill=color, width=3)
     for i, label in enumerate(labels):
-        x, y = left + 130 * (i % (3 * len(panels))), height + 2 + 18 * (i // (3 * len(panels)))
+        x, y = left + 130 * (i % row), height + 2 + 18 * (i // row)
         pen.line([(x, y + 7), (x + 22, y + 7)], fill=COLORS[i % len(COLORS)], width=3)
         pen.text((x + 28, y), label, fill="black", font=font)
     buffer = io.BytesIO()
@@ -1810,7 +1863,7 @@ def restore(params, values):
             p.copy_(value)
 
 
-def finish(run, pipe, params, start, trained, rows, score, evaluate, sample):
+def finish(run, pipe, params, start, trained, rows, judges, evaluate, sample):
     """End a run: evaluate before and after on test prompts, draw both, write the weights, print the final JSON line.
 
     start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
@@ -1821,9 +1874,11 @@ def finish(run, pipe, params, start, trained, rows, score, evaluate, sample):
     row, tags = {}, {}
     for when, weights in (("before", start), ("after", trained)):
         with models.using(params, weights):
-            row[f"eval_{when}"], tags[when] = evaluate(pipe, rows, score, cfg, run, cfg.cfg_eval)
+            result = evaluate(pipe, rows, judges, cfg, run, cfg.cfg_eval)
+            tags[when] = result["tags"]
+            row |= {f"{key}_{when}": result[key] for key in ("eval", "eval_gold") if key in result}
             if cfg.cfg_also:
-                row[f"also_{when}"], _ = evaluate(pipe, rows, score, cfg, run, cfg.cfg_also)
+                row[f"also_{when}"] = evaluate(pipe, rows, judges, cfg, run, cfg.cfg_also)["eval"]
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
@@ -1848,6 +1903,8 @@ def finish(run, pipe, params, start, trained, rows, score, evaluate, sample):
             f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +
             (f"\n{cfg.cfg_also:>10g} {row['also_before']:>8.3f} {row['also_after']:>8.3f}" if cfg.cfg_also else "") +
+            (f"\n{'gold':>10} {row['eval_gold_before']:>8.3f} {row['eval_gold_after']:>8.3f}   {cfg.gold_reward}"
+             if len(judges) > 1 else "") +
             "".join(f"\n{tag or 'all':>16} {tags['before'][tag]:>8.3f} {tags['after'][tag]:>8.3f}"
                     for tag in tags["after"]) +
             f"\npictures: {run.out / 'samples' / 'before_after.png'}")

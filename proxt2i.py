@@ -53,6 +53,7 @@ class Config:
     preset: str = ""                    # tiny, paper
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
@@ -426,27 +427,26 @@ def sample(pipe, prompts, keys, cfg, scale):
 
 
 # == same: evaluate (dgpo grpo proxt2i slas) ==
-def evaluate(pipe, rows, score, cfg, run, scale):
-    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+def evaluate(pipe, rows, judges, cfg, run, scale):
+    """What one image per row scores, each row's noise fixed, rows shared out over the processes.
 
-    Returns the mean and {tag: mean} over GenEval's tags.
+    judges: {name: score} of --eval-reward and --gold-reward. Returns a row of metrics, as data.verdict does.
     """
-    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(judges), len(rows), dtype=torch.float64)
     for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
         some = own[k:k + cfg.micro_batch] or own[:1]
         prompts = [rows[i]["prompt"] for i in some]
         images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
-        total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
-    total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
-    return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
-                                    for tag in dict.fromkeys(tags)}
+        for name, values in zip(judges, total):
+            values[some] = data.scored(name, judges[name], images, prompts, [rows[i] for i in some]).double().cpu()
+    return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
-def log_start(pipe, val, score, cfg, run):
+def log_start(pipe, val, judges, cfg, run):
     """The first row of a new run's metrics.jsonl: the score before training."""
     row = {}
     if cfg.eval_every:
-        row["eval"], row["tags"] = evaluate(pipe, val, score, cfg, run, cfg.cfg_eval)
+        row = evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
         run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
     run.log(row)
@@ -524,7 +524,7 @@ def train(cfg):
     start = [p.detach().clone() for p in params]
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = data.optimizer(cfg, net, params)
-    eval_score = rewards.load(cfg.eval_reward, device=run.device)
+    judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
@@ -592,7 +592,7 @@ def train(cfg):
             row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
             if look:
                 with models.using(params, ema):
-                    row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+                    row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
             run.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
         if run.count["step"] % cfg.save_every == 0:
@@ -600,7 +600,7 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt, stream)
-    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
 
 
 def train_rl(cfg):
@@ -614,7 +614,7 @@ def train_rl(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    score, judges = rewards.load(cfg.reward, device=run.device), rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
@@ -630,7 +630,7 @@ def train_rl(cfg):
     null = pipe.encode_text([""])
     run.restore(params, ema, opt)
     if not run.state:
-        log_start(pipe, val, eval_score, cfg, run)
+        log_start(pipe, val, judges, cfg, run)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(states, k, part, scale):
@@ -704,7 +704,7 @@ def train_rl(cfg):
                "rewards": data.reward_terms(run, score)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+                row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -712,7 +712,7 @@ def train_rl(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
 
 
 # ============================================================================================================ compare
@@ -725,13 +725,13 @@ def sample_stage(cfg):
     check_model(cfg, pipe)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     run.begin()
-    value, tags = evaluate(pipe, rows, rewards.load(cfg.eval_reward, device=run.device), cfg, run, cfg.cfg_eval)
+    row = evaluate(pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
     data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
-    run.say(f"{cfg.eval_reward} {value:.3f} on {len(rows)} images, {cfg.eval_steps} steps of {default_sampler(cfg)}: "
-            f"{run.out / 'samples' / 'sample.png'}")
-    run.log({"eval": value, "tags": tags})
+    run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
+            f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
+    run.log(row)
 
 
 def compare(cfg):
@@ -746,7 +746,7 @@ def compare(cfg):
         check_model(replace(cfg, method=other, sampler="", model=cfg.compare_with), pipes[other])
     check_model(replace(cfg, sampler=""), pipes[cfg.method])
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    score, steps = rewards.load(cfg.eval_reward, device=run.device), counts("compare_steps", cfg.compare_steps)
+    judges, steps = rewards.judges(cfg, run.device), counts("compare_steps", cfg.compare_steps)
     names = [name for name, method in SAMPLERS.items() if method in pipes and name != ("hybrid", "pda")[
         cfg.scheme == "hybrid"]]
     outside = sorted(set(steps) - set(counts("candidates", cfg.candidates)))
@@ -762,7 +762,7 @@ def compare(cfg):
             for n in steps:
                 one = replace(cfg, method=SAMPLERS[name], sampler=name, eval_steps=n)
                 pipe = pipes[SAMPLERS[name]]
-                table[name, n], _ = evaluate(pipe, rows, score, one, run, cfg.cfg_eval)
+                table[name, n] = evaluate(pipe, rows, judges, one, run, cfg.cfg_eval)["eval"]
                 if n in (min(steps), 10):
                     grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, cfg.cfg_eval))
                     titles.append(f"{name} {n}")
@@ -772,7 +772,7 @@ def compare(cfg):
             names.append(f"{default_sampler(one)} at guidance {scale:g}")
             for n in steps:
                 pipe = pipes[cfg.method]
-                table[names[-1], n], _ = evaluate(pipe, rows, score, replace(one, eval_steps=n), run, scale)
+                table[names[-1], n] = evaluate(pipe, rows, judges, replace(one, eval_steps=n), run, scale)["eval"]
                 bar.update()
     lines = [[cfg.eval_reward, *steps], *([name, *(f"{table[name, n]:.3f}" for n in steps)] for name in names)]
     if run.rank == 0:

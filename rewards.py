@@ -90,6 +90,11 @@ def load(spec, weights=None, device="cpu"):
     return score
 
 
+def judges(cfg, device="cpu"):
+    """{name: score} of a run's --eval-reward and --gold-reward: one where they are the same or there is no gold."""
+    return {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward) if name}
+
+
 def _is_number(text):
     try:
         return math.isfinite(float(text))

@@ -51,6 +51,7 @@ class Config:
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
@@ -155,7 +156,8 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
-        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4", "fisher_every": 0,                  # [SLAS, Sec. 6.1]
+        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
+        "fisher_every": 0,                                             # no second derivatives in shards
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
@@ -380,27 +382,26 @@ def sample(pipe, prompts, keys, cfg, scale):
 
 
 # == same: evaluate (dgpo grpo proxt2i slas) ==
-def evaluate(pipe, rows, score, cfg, run, scale):
-    """The mean score of one image per row, each row's noise fixed, rows shared out over the processes.
+def evaluate(pipe, rows, judges, cfg, run, scale):
+    """What one image per row scores, each row's noise fixed, rows shared out over the processes.
 
-    Returns the mean and {tag: mean} over GenEval's tags.
+    judges: {name: score} of --eval-reward and --gold-reward. Returns a row of metrics, as data.verdict does.
     """
-    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(rows), dtype=torch.float64)
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(judges), len(rows), dtype=torch.float64)
     for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
         some = own[k:k + cfg.micro_batch] or own[:1]
         prompts = [rows[i]["prompt"] for i in some]
         images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
-        total[some] = data.scored(cfg.eval_reward, score, images, prompts, [rows[i] for i in some]).double().cpu()
-    total, tags = data.masked(cfg.eval_reward, run.sum(total).cpu()), [row.get("tag", "all") for row in rows]
-    return total.nanmean().item(), {tag: round(total[[t == tag for t in tags]].nanmean().item(), 4)
-                                    for tag in dict.fromkeys(tags)}
+        for name, values in zip(judges, total):
+            values[some] = data.scored(name, judges[name], images, prompts, [rows[i] for i in some]).double().cpu()
+    return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
-def log_start(pipe, val, score, cfg, run):
+def log_start(pipe, val, judges, cfg, run):
     """The first row of a new run's metrics.jsonl: the score before training."""
     row = {}
     if cfg.eval_every:
-        row["eval"], row["tags"] = evaluate(pipe, val, score, cfg, run, cfg.cfg_eval)
+        row = evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
         run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
     run.log(row)
@@ -463,7 +464,7 @@ def train(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score, eval_score = rewards.load(cfg.reward, device=run.device), rewards.load(cfg.eval_reward, device=run.device)
+    score, judges = rewards.load(cfg.reward, device=run.device), rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
@@ -485,7 +486,7 @@ def train(cfg):
 
     run.restore(params, ema, opt)
     if not run.state:
-        log_start(pipe, val, eval_score, cfg, run)
+        log_start(pipe, val, judges, cfg, run)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(x, i, part, scale):
@@ -591,7 +592,7 @@ def train(cfg):
                "rewards": data.reward_terms(run, score), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row["eval"], row["tags"] = evaluate(pipe, val, eval_score, cfg, run, cfg.cfg_eval)
+                row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -599,7 +600,7 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, eval_score, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Draw validation curves of runs against images, network passes and seconds, and print a table of their ends.
 
     python tests/curves.py tests/curves.png dgpo=runs/dgpo-00* grpo=runs/grpo-00*
+    python tests/curves.py --gold out.png dance=runs/grpo-00* slas=runs/slas-00*       # --eval-reward and --gold-reward
 
 Each argument after the picture is LABEL=FOLDER, or LABEL=FOLDER FOLDER ... as a shell expands it: the folders of one
 label are its seeds, drawn thin, their mean over the common range drawn thick. FOLDER@N is cut after N rollouts.
@@ -13,7 +14,10 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 
-AXES = {"images": "images", "forwards": "network passes (forward)", "seconds": "training seconds"}
+PANELS = (("images", "eval", "images"), ("forwards", "eval", "network passes (forward)"),    # x, y, title
+          ("seconds", "eval", "training seconds"))
+GOLD = (("step", "eval", "proxy against rollouts"), ("step", "eval_gold", "gold against rollouts"),
+        ("eval", "eval_gold", "gold against proxy"))
 
 
 def curve(folder):
@@ -26,20 +30,23 @@ def curve(folder):
     return [{**row, "seconds": row["seconds"] - start} for row in rows if "eval" in row]
 
 
-def main(file, *arguments):
-    runs = {}
+def main(*arguments):
+    gold, runs = arguments[0] == "--gold", {}
+    file, *arguments = arguments[gold:]
     for argument in arguments:
         label, _, folder = argument.rpartition("=")
         label = label or list(runs)[-1]
         runs.setdefault(label, []).append(curve(folder))
-    data.chart(file, {title: {label: [[(row[axis], row["eval"]) for row in rows] for rows in curves]
-                              for label, curves in runs.items()} for axis, title in AXES.items()})
-    print("| method | seeds | last | best | images | passes | seconds |\n|---|---|---|---|---|---|---|")
+    data.chart(file, {title: {label: [[(row[x], row[y]) for row in rows] for rows in curves]
+                              for label, curves in runs.items()} for x, y, title in (GOLD if gold else PANELS)})
+    print(f"| method | seeds | last | best | {'gold, first | last | ' * gold}images | passes | seconds |\n"
+          f"|---|---|---|---|---|---|---|{'---|---|' * gold}")
     for label, curves in runs.items():
         ends = [rows[-1] for rows in curves]
         last = ", ".join(f"{end['eval']:.3f}" for end in ends)
         best = ", ".join(f"{max(row['eval'] for row in rows):.3f}" for rows in curves)
-        print(f"| {label} | {len(curves)} | {last} | {best} "
+        golds = [", ".join(f"{rows[i]['eval_gold']:.3f}" for rows in curves) for i in (0, -1)] if gold else []
+        print(f"| {label} | {len(curves)} | {' | '.join([last, best, *golds])} "
               f"| {statistics.mean(end['images'] for end in ends):,.0f} "
               f"| {statistics.mean(end['forwards'] for end in ends):,.0f} "
               f"| {statistics.mean(end['seconds'] for end in ends):.0f} |")

@@ -248,14 +248,14 @@ def test_minutes_end_a_run(module, flags):
 @BOTH
 def test_outputs(module, flags, random_model):
     last, rows, state = run(module, flags(steps=3, eval_every=2, cfg_also=3.0, updates=2))
-    assert set(last) == {"method", "model", "eval_before", "eval_after", "also_before", "also_after", "steps", "images",
-                         "seconds", "out"}
+    assert set(last) == {"method", "model", "eval_before", "eval_after", "eval_gold_before", "eval_gold_after",
+                         "also_before", "also_after", "steps", "images", "seconds", "out"}
     assert last["steps"] == 3 and last["images"] == 24 and last["out"] == "out"
     assert last["method"] == {"dgpo": "dgpo", "grpo": "flow"}[module.__name__]
     counters = {"step", "updates", "images", "forwards", "backwards", "skipped", "seconds"}
     assert all(counters <= set(row) for row in rows)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and [row["updates"] for row in rows] == [0, 2, 4, 6, 6]
-    assert "eval" in rows[0] and "eval" in rows[2]
+    assert all({"eval", "tags", "eval_gold", "gold_error", "parted"} <= set(rows[i]) for i in (0, 2))
     assert rows[4]["eval_before"] == pytest.approx(last["eval_before"], abs=1e-4)
     assert {"reward", "failed", "loss", "kl", "grad_norm", "stats"} <= set(rows[1])
     saved = json.loads(Path("out/config.json").read_text())

@@ -1,4 +1,4 @@
-"""tiny-clip, the reward to hack: what it sees and what it does not, and how it was trained.
+"""tiny-clip, the reward to hack: what it sees and what it does not, and how it was trained; gold beside every proxy.
 
     python tests/test_proxy.py                                  # the figures on the tiny model's own samples
 """
@@ -14,8 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # as a script
 import data                                                            # noqa: E402
 import dgpo                                                            # noqa: E402
+import grpo                                                            # noqa: E402
 import models                                                          # noqa: E402
 import rewards                                                         # noqa: E402
+from test_command_line import refused, small                           # noqa: E402, F401 (fixtures)
+from test_loop import alone, flags, run, without_seconds               # noqa: E402, F401
 
 TINY_CLIP = Path(__file__).resolve().parent / "tiny-clip"
 torch.set_num_threads(1)
@@ -161,6 +164,79 @@ def test_the_command(tmp_path, capsys):
         assert said.count("\n") == 1 and flag in said and value in said and not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match="train-proxy --out"):
         rewards.load("tiny-clip", tmp_path)
+
+
+# ====================================================================================================== proxy and gold
+
+def history(rewards, gold, error=.01, every=10):
+    """Rows of a run whose rollouts had `rewards`, whose evaluations, one every so many of them, had `gold`."""
+    return [{"step": i, **({"reward": rewards[i - 1]} if i else {}),
+             **({"eval_gold": gold[i // every], "gold_error": error} if i % every == 0 else {})}
+            for i in range(len(rewards) + 1)]
+
+
+def test_parting():
+    up, level = [.3 + .001 * i for i in range(40)], [.3 + .01 * (-1)**i for i in range(40)]
+    falls, stays = [.5, .5, .5, .45, .4], [.5, .5, .49, .5, .5]
+    since, rise, fall = data.parting(history(up, falls))
+    assert since == 10 and rise == pytest.approx(.015) and fall == pytest.approx(.1)
+    assert data.parting(history(up, stays)) is None and data.parting(history(level, falls)) is None
+    assert data.parting(history(up[::-1], falls)) is None and data.parting(history(up, falls[::-1])) is None
+    assert data.parting(history(up, falls, error=.08)) is None         # a difference of two has 1.41 times the error
+    assert data.parting(history(up, falls, error=.07)) is not None
+    assert data.parting(history(up[:20], falls)) is None               # too short a run
+    assert data.parting(history(up[:20], [.5, .5, .4]), window=20)[0] == 0
+
+
+def test_verdict():
+    rows = [{"tag": "a"}] * 8 + [{"tag": "b"}] * 12
+    proxy = torch.arange(20, dtype=torch.float64)
+    gold = torch.where(proxy < 3, 1.0, 0.0).index_fill(0, torch.tensor([7]), math.nan)
+    cfg = grpo.Config(eval_reward="p", gold_reward="g")
+    row = data.verdict(cfg, rows, {"p": proxy, "g": gold})
+    assert row["eval"] == 9.5 and row["tags"] == {"a": 3.5, "b": 13.5} and row["eval_gold"] == pytest.approx(3 / 19)
+    assert row["gold_error"] == pytest.approx(math.sqrt(3 / 19 * 16 / 19 / 19))
+    assert set(data.verdict(cfg, rows, {"p": proxy})) == {"eval", "tags"}
+    with pytest.raises(ValueError, match="the reward g gave NaN"):
+        data.verdict(cfg, rows, {"p": proxy, "g": gold / gold})
+
+
+def test_which_gold(tmp_path, small, refused):                         # noqa: F811
+    """The exact verifier for the tiny world's prompts, nobody for others; an unknown one ends with 2."""
+    assert grpo.Config().gold_reward == "shapes-strict" and grpo.Config(prompts="my.txt").gold_reward == ""
+    assert grpo.Config(gold_reward="shapes-soft").gold_reward == "shapes-soft"
+    assert list(rewards.judges(grpo.Config())) == ["shapes-strict"]    # scored once
+    assert set(rewards.judges(grpo.Config(eval_reward="tiny-clip"))) == {"tiny-clip", "shapes-strict"}
+    refused(grpo, [*small, "--gold-reward", "nobody"], "nobody")
+
+
+def test_a_run_says_once_when_proxy_and_gold_part_ways(flags, reward_file, monkeypatch):   # noqa: F811
+    """Red is trained on and blue, its negative, is gold: as the one rises the other falls, and a resume knows it."""
+    said = []
+    monkeypatch.setattr(data, "parting", functools.partial(data.parting, window=4))
+    monkeypatch.setattr(data.Run, "say", lambda self, text: said.append(text))
+    settings = dict(group_size=8, lr=3e-3, noise_level=1.0, val_images=96, eval_every=4, save_every=6,
+                    gold_reward=f"{reward_file}:blue")
+    _, rows, _ = run(grpo, flags(steps=12, **settings))
+    evaluated = [row for row in rows if "eval" in row]
+    assert all(row["eval_gold"] == pytest.approx(-row["eval"], abs=2e-6) for row in evaluated)
+    assert evaluated[-1]["eval_gold"] < evaluated[0]["eval_gold"] and not evaluated[0]["parted"]
+    partings = sum(b["parted"] and not a["parted"] for a, b in zip(evaluated, evaluated[1:]))
+    assert partings == sum("part ways" in text for text in said) >= 1
+    run(grpo, flags(steps=6, out="again", **settings))
+    _, again, _ = run(grpo, [*flags(steps=12, out="again", **settings), "--resume"])
+    assert without_seconds(again) == without_seconds(rows)
+
+
+def test_edges_and_ground():
+    """The mean and the median difference of neighbours: one vertical edge of height 1 in 8 x 8 pixels."""
+    images = torch.zeros(2, 3, 8, 8).index_fill_(3, torch.tensor([4, 5, 6, 7]), 1)
+    stats = data.image_stats(images, 2)
+    assert stats["ground"] == 0 and stats["edges"] == pytest.approx(8 / (2 * 7 * 8))
+    stripes = torch.zeros(2, 3, 8, 8)
+    stripes[..., 1::2, 1::2] = stripes[..., ::2, ::2] = 1
+    stats = data.image_stats(stripes, 2)
+    assert stats["ground"] == stats["edges"] == 1
 
 
 if __name__ == "__main__":

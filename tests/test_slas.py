@@ -11,6 +11,7 @@ import scipy.optimize
 import torch
 
 import data
+import grpo
 import models
 import rewards
 import slas
@@ -439,6 +440,8 @@ def test_presets(monkeypatch):
             cfg = data.cli(slas.Config, slas.PRESETS, ["--preset", preset, "--model", model], slas.METHODS)
             assert (cfg.reward, cfg.method, cfg.fisher_every, cfg.adv_std) == (reward, "dance", every, "batch")
             assert (cfg.gamma, cfg.adv_clip, cfg.lr, cfg.shared_noise) == ("1", 5.0, 1e-5, True)
+            dance = data.cli(grpo.Config, grpo.PRESETS, ["--preset", preset, "--model", model], grpo.METHODS)
+            assert dance.reward == {"paper": reward, "official": "hpsv2"}[preset] and not dance.gold_reward
     cfg = data.cli(slas.Config, slas.PRESETS, [], slas.METHODS)
     assert (cfg.model, cfg.method, cfg.noise_level, cfg.shared_noise) == ("tiny", "dance", .3, True)
     assert data.cli(slas.Config, slas.PRESETS, ["--model", "sd35m"], slas.METHODS).method == "flow"

@@ -137,6 +137,19 @@ def test_prompts_from_files(tmp_path):
         assert got == data.prompts(tmp_path / name, "test")
 
 
+def test_hpdv2(tmp_path):
+    """Its files as its authors describe them: a list of pairs, lists of prompts. The missing one names its command."""
+    pair = {"human_preference": [1, 0], "prompt": "a cat", "file_path": ["1.jpg", "2.jpg"], "user_hash": "x"}
+    (tmp_path / "train.json").write_text(json.dumps([pair, {**pair, "prompt": "a dog"}]))
+    (tmp_path / "anime.json").write_text(json.dumps(["a cat", "a dog"]))
+    for name in ("train", "anime"):
+        assert [row["prompt"] for row in data.prompts(tmp_path / f"{name}.json", "train")] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="curl -L --create-dirs -o weights/hpdv2/train.txt https://"):
+        data.prompts("weights/hpdv2/train.txt", "train")
+    with pytest.raises(ValueError, match="No such file or directory$"):
+        data.prompts(tmp_path / "mine.txt", "train")
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("none.txt", None, "cannot read"), ("bytes.txt", b"caf\xe9", "not UTF-8: byte 3 is 0xe9"),
     ("empty.txt", b"\n \n", "no prompts"), ("empty.json", b"", "no prompts"), ("empty.csv", b"prompt\n", "no prompts"),
