@@ -1721,13 +1721,18 @@ def verdict(cfg, rows, values):
     """An evaluation as a row of metrics. rows: the prompts'; values: {reward: (rows,) float64, NaN where it failed}.
 
     eval, tags: the mean of --eval-reward, and by GenEval's tags; eval_gold, gold_error: that of --gold-reward and its
-    standard error. Raises ValueError if a reward failed on more than a tenth.
+    standard error; others: the means of all other rewards, if there are any. Raises ValueError if a reward failed on
+    more than a tenth.
     """
     values = {name: masked(name, value) for name, value in values.items()}
     tags, gold = [row.get("tag", "all") for row in rows], values.get(cfg.gold_reward)
     row = {"eval": values[cfg.eval_reward].nanmean().item(),
            "tags": {tag: round(values[cfg.eval_reward][[t == tag for t in tags]].nanmean().item(), 4)
                     for tag in dict.fromkeys(tags)}}
+    others = {name: value.nanmean().item() for name, value in values.items()
+              if name not in (cfg.eval_reward, cfg.gold_reward)}
+    if others:
+        row["others"] = others
     if gold is not None:
         gold = gold[~gold.isnan()]
         row |= {"eval_gold": gold.mean().item(), "gold_error": gold.std(correction=0).item() / math.sqrt(len(gold))}
@@ -1788,9 +1793,12 @@ def image_stats(images, group_size):
             "diversity": images.unflatten(0, (-1, group_size)).std(1).mean().item()}
 
 
+HEADER = 34                                  # height of a picture's captions, pixels
+
+
 def picture(path, rows, captions, titles, scale=3):
     """Save rows of images under captions as one PNG. rows: list of (B, 3, H, W) in [0, 1], one title each."""
-    font, text, pad, left = ImageFont.load_default(11), 34, 6, 58
+    font, text, pad, left = ImageFont.load_default(11), HEADER, 6, 58
     size = rows[0].shape[-1]
     side = size * scale if size < 128 else size // -(-size // 192)
     sheet = Image.new("RGB", (left + len(captions) * (side + pad), text + len(rows) * (side + pad)), "white")
@@ -1810,14 +1818,36 @@ def picture(path, rows, captions, titles, scale=3):
     write_atomic(path, buffer.getvalue())
 
 
+def sheet(run, prompts, draw):
+    """Save samples/NNNNNN.png, by the step: one image of each prompt. draw(prompts, keys): images (B, 3, H, W)."""
+    if run.rank == 0 or run.cfg.fsdp:                                  # shards: every process takes part
+        images = draw(prompts, [("grid", i) for i in range(len(prompts))])
+        if run.rank == 0:
+            step = run.count["step"]
+            picture(run.out / "samples" / f"{step:06d}.png", [images], prompts, [f"step {step}"])
+
+
+def strip(folder):
+    """All of a run's sheets, one under the other, as samples/strip.png."""
+    sheets = [Image.open(file) for file in sorted(folder.glob("[0-9]" * 6 + ".png"))]
+    if sheets:
+        height = sheets[0].height - HEADER
+        whole = Image.new("RGB", (sheets[0].width, HEADER + height * len(sheets)), "white")
+        for i, page in enumerate(sheets):
+            whole.paste(page.crop((0, HEADER if i else 0, *page.size)), (0, HEADER + height * i if i else 0))
+        buffer = io.BytesIO()
+        whole.save(buffer, "PNG")
+        write_atomic(folder / "strip.png", buffer.getvalue())
+
+
 COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
 
 
 def chart(path, panels, ticks=None, width=420, height=300):
     """Save curves as one PNG, panels side by side. Colours are the labels', in their order.
 
-    panels: {title of the horizontal axis: {label: [curve, ...]}}, a curve is [(x, y), ...]; several of a label are drawn
-    thin, and thick the mean of their first points, of their second ones, and so on. ticks: what stands on the
+    panels: {title of the horizontal axis: {label: [curve, ...]}}, a curve is [(x, y), ...]; several of a label are
+    drawn thin, and thick the mean of their first points, of their second ones, and so on. ticks: what stands on the
     horizontal axis.
     """
     font, left, pad = ImageFont.load_default(12), 46, 40
@@ -1890,6 +1920,7 @@ def finish(run, pipe, params, start, trained, rows, judges, evaluate, sample):
                 grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval))
         if run.rank == 0:
             picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
+            strip(run.out / "samples")
         with models.using(params, trained):
             if cfg.lora_rank:
                 models.save_lora(pipe.net, run.out / "lora.safetensors")

@@ -29,6 +29,7 @@ the ++(2M) variant; in RL the score chain's last step is its mean, as the proxim
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -61,7 +62,8 @@ class Config:
     eval_steps: int = 10                # the same for evaluation
     sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: hybrid, dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
-    compare_with: str = "tiny-score"    # the score model beside the proximal one; empty: none
+    compare_with: str = "tiny-score"    # more models, a comma between: names or directories, prox or score
+    compare_rewards: str = ""           # more rewards that `compare` reports, a comma between
     compare_cfg: str = ""               # guidance scales that `compare` also tries, with the default sampler  [Fig. 11]
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
     group_size: int = 24                # G, images a prompt                                       [paper, Sec. 4.3]
@@ -442,11 +444,16 @@ def evaluate(pipe, rows, judges, cfg, run, scale):
     return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
+def validate(pipe, val, judges, cfg, run):
+    """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
+    data.sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
+    return evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+
+
 def log_start(pipe, val, judges, cfg, run):
     """The first row of a new run's metrics.jsonl: the score before training."""
-    row = {}
-    if cfg.eval_every:
-        row = evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+    row = validate(pipe, val, judges, cfg, run) if cfg.eval_every else {}
+    if row:
         run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
     run.log(row)
@@ -592,7 +599,7 @@ def train(cfg):
             row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
             if look:
                 with models.using(params, ema):
-                    row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+                    row |= validate(pipe, val, judges, cfg, run)
             run.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
         if run.count["step"] % cfg.save_every == 0:
@@ -622,6 +629,8 @@ def train_rl(cfg):
     pipe.latent_shape(cfg.resolution), check_model(cfg, pipe)          # refuse what the model cannot do
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
+    if cfg.method == "prox":
+        warn_of_steps(cfg, run, "--sample-steps", [n])
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
@@ -704,7 +713,7 @@ def train_rl(cfg):
                "rewards": data.reward_terms(run, score)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+                row |= validate(pipe, val, judges, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -724,6 +733,8 @@ def sample_stage(cfg):
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
     check_model(cfg, pipe)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
+    if cfg.method == "prox":
+        warn_of_steps(cfg, run, "--eval-steps", [cfg.eval_steps])
     run.begin()
     row = evaluate(pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
@@ -734,52 +745,60 @@ def sample_stage(cfg):
     run.log(row)
 
 
-def compare(cfg):
-    """Stage compare: the score of every sampler at every number of steps, for both models: table, CSV and picture."""
-    run = data.Run(cfg, "proxt2i")
-    ops.use(cfg.fused)
-    dtype = models.DTYPES[cfg.dtype]
-    pipes = {cfg.method: models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None)}
-    if cfg.compare_with:
-        other = "score" if cfg.method == "prox" else "prox"
-        pipes[other] = models.load(cfg.compare_with, None, dtype, run.device)
-        check_model(replace(cfg, method=other, sampler="", model=cfg.compare_with), pipes[other])
-    check_model(replace(cfg, sampler=""), pipes[cfg.method])
-    rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    judges, steps = rewards.judges(cfg, run.device), counts("compare_steps", cfg.compare_steps)
-    names = [name for name, method in SAMPLERS.items() if method in pipes and name != ("hybrid", "pda")[
-        cfg.scheme == "hybrid"]]
+def warn_of_steps(cfg, run, flag, steps):
+    """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
     outside = sorted(set(steps) - set(counts("candidates", cfg.candidates)))
     if outside:
-        run.say(f"--compare-steps {outside}: the proximal model was trained for {cfg.candidates} steps only")
+        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {cfg.candidates} steps")
+
+
+def compare(cfg):
+    """Stage compare: what every sampler scores at every number of steps, for all models: table, CSV and pictures."""
+    run = data.Run(cfg, "proxt2i")
+    ops.use(cfg.fused)
+    lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
+    for model in (cfg.model, *filter(None, cfg.compare_with.split(","))):
+        weights = cfg.weights if model == cfg.model and cfg.weights else None
+        pipe = models.load(model, weights, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
+        one = replace(cfg, model=model, sampler="", method="prox" if pipe.net.config.get("lam") else "score")
+        check_model(one, pipe)
+        path = Path(weights or model)                                  # the second of a kind is called by its run
+        name = f" {path.parent.name if path.name == 'model' else path.name}" if one.method in shown_as else ""
+        shown_as.add(one.method)
+        lines += [(sampler + name, replace(one, sampler=sampler), pipe) for sampler, method in SAMPLERS.items()
+                  if method == one.method and sampler not in {"hybrid", "pda"} - {cfg.scheme}]
+        lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
+                  for scale in filter(None, cfg.compare_cfg.split(","))]
+    rows, steps = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test"), counts(
+        "compare_steps", cfg.compare_steps)
+    judges = rewards.judges(cfg, run.device)
+    judges |= {name: rewards.load(name, device=run.device) for name in filter(None, cfg.compare_rewards.split(","))}
+    warn_of_steps(cfg, run, "--compare-steps", steps)
     run.begin()
-    table, grids, titles = {}, [], []
-    shown = [row["prompt"] for row in rows[:8]]
-    scales = list(filter(None, cfg.compare_cfg.split(",")))
-    total = (len(names) + len(scales)) * len(steps)
-    with tqdm(total=total, desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
-        for name in names:
+    table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
+    with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
+        for name, one, pipe in lines:
             for n in steps:
-                one = replace(cfg, method=SAMPLERS[name], sampler=name, eval_steps=n)
-                pipe = pipes[SAMPLERS[name]]
-                table[name, n] = evaluate(pipe, rows, judges, one, run, cfg.cfg_eval)["eval"]
-                if n in (min(steps), 10):
-                    grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, cfg.cfg_eval))
+                one = replace(one, eval_steps=n)
+                row = evaluate(pipe, rows, judges, one, run, one.cfg_eval)
+                for reward in judges:
+                    table[reward][name, n] = row["eval"] if reward == cfg.eval_reward else (
+                        row["eval_gold"] if reward == cfg.gold_reward else row["others"][reward])
+                if n in (min(steps), 10) and "guidance" not in name:
+                    grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, one.cfg_eval))
                     titles.append(f"{name} {n}")
                 bar.update()
-        for scale in map(float, scales):
-            one = replace(cfg, sampler="")
-            names.append(f"{default_sampler(one)} at guidance {scale:g}")
-            for n in steps:
-                pipe = pipes[cfg.method]
-                table[names[-1], n] = evaluate(pipe, rows, judges, replace(one, eval_steps=n), run, scale)["eval"]
-                bar.update()
-    lines = [[cfg.eval_reward, *steps], *([name, *(f"{table[name, n]:.3f}" for n in steps)] for name in names)]
+    names = [name for name, *_ in lines]
+    text = [line for reward, values in table.items() for line in (
+        [reward, *steps], *([name, *(f"{values[name, n]:.3f}" for n in steps)] for name in names))]
     if run.rank == 0:
-        data.write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        data.write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in text).encode())
         data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
-        run.say("\n".join(f"{line[0]:>26}" + "".join(f"{word:>9}" for word in line[1:]) for line in lines))
-        run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}")
+        data.chart(run.out / "samples" / "curves.png", {
+            f"{reward} against steps": {name: [[(n, values[name, n]) for n in steps]] for name in names}
+            for reward, values in table.items()}, steps)
+        run.say("\n".join(f"{line[0]:>32}" + "".join(f"{word:>9}" for word in line[1:]) for line in text))
+        run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
     return run.out
 
 

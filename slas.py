@@ -397,11 +397,16 @@ def evaluate(pipe, rows, judges, cfg, run, scale):
     return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
+def validate(pipe, val, judges, cfg, run):
+    """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
+    data.sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
+    return evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+
+
 def log_start(pipe, val, judges, cfg, run):
     """The first row of a new run's metrics.jsonl: the score before training."""
-    row = {}
-    if cfg.eval_every:
-        row = evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+    row = validate(pipe, val, judges, cfg, run) if cfg.eval_every else {}
+    if row:
         run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
     run.log(row)
@@ -592,7 +597,7 @@ def train(cfg):
                "rewards": data.reward_terms(run, score), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
+                row |= validate(pipe, val, judges, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:

@@ -3,8 +3,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import mixture
@@ -348,15 +350,34 @@ def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys
 
 
 def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
+    """Two kinds of models, a second proximal one, a sweep of guidance, two rewards; a number of steps that is new."""
     monkeypatch.chdir(tmp_path)
-    proxt2i.main([str(word) for word in ("compare", "--model", fresh / "prox", "--compare-with", fresh / "score",
-                                         "--compare-steps", "2,4", "--compare-cfg", "1,3", "--out", "out", *SMALL)])
+    proxt2i.main([str(word) for word in (
+        "compare", "--model", fresh / "prox", "--compare-with", f"{fresh / 'score'},{fresh / 'prox'}", "--compare-steps",
+        "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
+    assert "--compare-steps 2: the proximal model was trained for 4,5,6,7,8,9,10,25 steps" in capsys.readouterr().err
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
-    assert lines[0] == ["shapes-strict", "2", "4"]
-    assert [line[0] for line in lines[1:]] == ["hybrid", "sde", "sde-mean", "ode", "dpm", "hybrid at guidance 1",
-                                               "hybrid at guidance 3"]
-    assert lines[1][1:] == lines[6][1:]
-    assert Path("out/samples/compare.png").stat().st_size > 1000
+    names = ["hybrid", "hybrid at guidance 1", "hybrid at guidance 3", "sde", "sde-mean", "ode", "dpm",
+             "dpm at guidance 1", "dpm at guidance 3", "hybrid prox", "hybrid prox at guidance 1",
+             "hybrid prox at guidance 3"]
+    assert [line[0] for line in lines] == ["shapes-strict", *names, "shapes-soft", *names]
+    assert lines[0][1:] == lines[13][1:] == ["2", "4"]
+    assert lines[14][1:] == lines[15][1:] == lines[23][1:] and all(0 <= float(w) <= 1 for w in lines[14][1:])
+    for name in ("compare", "curves"):
+        assert Image.open(f"out/samples/{name}.png").size[0] > 400
+
+
+def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
+    """One row of pictures for each evaluation, the first before training: the strip is all of them under one header."""
+    monkeypatch.chdir(tmp_path)
+    run(["train", "--model", "tiny-prox", "--batch", 4, "--steps", 2, "--out", "out", *SMALL, "--eval-every", 1,
+         "--dtype", "float32"], capsys)
+    sheets = [Image.open(f"out/samples/00000{n}.png") for n in (1, 2)]
+    strip = Image.open("out/samples/strip.png")
+    header = 2 * sheets[0].height - strip.height
+    assert strip.width == sheets[0].width and 0 < header < sheets[0].height / 2
+    assert np.array_equal(np.asarray(strip)[:sheets[0].height], np.asarray(sheets[0]))
+    assert np.array_equal(np.asarray(strip)[sheets[0].height:], np.asarray(sheets[1])[header:])
 
 
 @pytest.mark.parametrize("line, words", (
