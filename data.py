@@ -1187,9 +1187,6 @@ def cli(config, presets, argv=None, defaults=None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
-
-    def refuse(message):                                               # argparse would print the usage of all flags
-        raise ValueError(f"{message} (--help lists all flags)")
     parser.error = refuse
     given = vars(parser.parse_args(argv))
     preset = given.get("preset") or ("official" if given.get("model") in models.SOURCES else "tiny")
@@ -1210,6 +1207,11 @@ def cli(config, presets, argv=None, defaults=None):
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"])
         values = {**values, **plan, **given}
     return config(**values)
+
+
+def refuse(message):
+    """An ArgumentParser's error: one line, where argparse would print the usage of all flags."""
+    raise ValueError(f"{message} (--help lists all flags)")
 
 
 def choose(name, value, options):
