@@ -1812,7 +1812,7 @@ def picture(path, rows, captions, titles, scale=3):
     write_atomic(path, buffer.getvalue())
 
 
-COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
+INKS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
 
 
 def chart(path, panels, ticks=None, width=420, height=300):
@@ -1840,13 +1840,13 @@ def chart(path, panels, ticks=None, width=420, height=300):
             pen.text((place(x, low)[0] - 12, y0 + 4), f"{x:,.0f}" if end > 5 else f"{x:.2f}", fill="black", font=font)
         pen.text(((x0 + x1) // 2 - 50, y0 + 20), title, fill="black", font=font)
         for label, curves in runs.items():
-            color = COLORS[labels.index(label) % len(COLORS)]
+            color = INKS[labels.index(label) % len(INKS)]
             for curve in curves:
                 pen.line([place(*point) for point in curve], fill=tuple((c + 2 * 255) // 3 for c in color), width=1)
             pen.line([place(*np.mean(points, axis=0)) for points in zip(*curves)], fill=color, width=3)
     for i, label in enumerate(labels):
         x, y = left + 130 * (i % row), height + 2 + 18 * (i // row)
-        pen.line([(x, y + 7), (x + 22, y + 7)], fill=COLORS[i % len(COLORS)], width=3)
+        pen.line([(x, y + 7), (x + 22, y + 7)], fill=INKS[i % len(INKS)], width=3)
         pen.text((x + 28, y), label, fill="black", font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
