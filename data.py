@@ -1187,9 +1187,6 @@ def cli(config, presets, argv=None, defaults=None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
-
-    def refuse(message):                                               # argparse would print the usage of all flags
-        raise ValueError(f"{message} (--help lists all flags)")
     parser.error = refuse
     given = vars(parser.parse_args(argv))
     preset = given.get("preset") or ("official" if given.get("model") in models.SOURCES else "tiny")
@@ -1210,6 +1207,11 @@ def cli(config, presets, argv=None, defaults=None):
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"])
         values = {**values, **plan, **given}
     return config(**values)
+
+
+def refuse(message):
+    """An ArgumentParser's error: one line, where argparse would print the usage of all flags."""
+    raise ValueError(f"{message} (--help lists all flags)")
 
 
 def choose(name, value, options):
@@ -1840,7 +1842,7 @@ def strip(folder):
         write_atomic(folder / "strip.png", buffer.getvalue())
 
 
-COLORS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
+INKS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
 
 
 def chart(path, panels, ticks=None, width=420, height=300):
@@ -1868,13 +1870,13 @@ def chart(path, panels, ticks=None, width=420, height=300):
             pen.text((place(x, low)[0] - 12, y0 + 4), f"{x:,.0f}" if end > 5 else f"{x:.2f}", fill="black", font=font)
         pen.text(((x0 + x1) // 2 - 50, y0 + 20), title, fill="black", font=font)
         for label, curves in runs.items():
-            color = COLORS[labels.index(label) % len(COLORS)]
+            color = INKS[labels.index(label) % len(INKS)]
             for curve in curves:
                 pen.line([place(*point) for point in curve], fill=tuple((c + 2 * 255) // 3 for c in color), width=1)
             pen.line([place(*np.mean(points, axis=0)) for points in zip(*curves)], fill=color, width=3)
     for i, label in enumerate(labels):
         x, y = left + 130 * (i % row), height + 2 + 18 * (i // row)
-        pen.line([(x, y + 7), (x + 22, y + 7)], fill=COLORS[i % len(COLORS)], width=3)
+        pen.line([(x, y + 7), (x + 22, y + 7)], fill=INKS[i % len(INKS)], width=3)
         pen.text((x + 28, y), label, fill="black", font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

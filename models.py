@@ -1984,6 +1984,18 @@ def load_lora(net, file):
             module.lora_B *= scale / module.lora_scale
 
 
+def run_lora(net, file):
+    """Give a network the LoRA of a file at the file's own rank, to be run as it is. Raises as `load_lora` does."""
+    lora_file_scale(file)                                             # names a file that is damaged
+    with safe_open(file, framework="pt") as tensors:
+        ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if "lora_A" in key or "down" in key}
+    if len(ranks) != 1:
+        raise ValueError(f"{file} holds no LoRA of one rank, but {sorted(ranks) or 'none'}")
+    rank = ranks.pop()
+    add_lora(net, rank, rank, net.lora_targets)
+    load_lora(net, file)
+
+
 @contextlib.contextmanager
 def using(params, values):
     """Run a block under other weights: the tensors in `values` stand in for the parameters, and nothing is copied.

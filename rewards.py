@@ -18,13 +18,17 @@ makes one from a name, a weighted sum of names, or a function of yours.
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
     python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
+    python rewards.py bench                                     # the tiny model on the tiny world, half a minute
+    python rewards.py bench --model sd35m --lora F --benchmark geneval
     python rewards.py train-proxy                               # makes tests/tiny-clip again
 """
 import argparse
 import ast
 import collections
 import csv
+import dataclasses
 import functools
+import hashlib
 import html
 import importlib.util
 import itertools
@@ -64,7 +68,8 @@ def load(spec, weights=None, device="cpu"):
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
     trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
-    score.rewards {name: its function}, of which a judge's has `unparsed`, the share that it failed to read, and more.
+    score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
+    looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.
     """
     terms = []
     for term in spec.split(","):
@@ -825,8 +830,8 @@ def read_clip(directory, size, device="cpu"):
     return CLIP.from_pretrained(directory, device=device)
 
 
-def in_batches(score, n=64):
-    """A reward from score(images (b, 3, H, W), prompts) -> (b,), b <= n, without gradients.
+def in_batches(score, *nets, n=64):
+    """A reward from score(images (b, 3, H, W), prompts) -> (b,), b <= n, by these networks, without gradients.
 
     An image that is not finite scores NaN: rounded to bytes it would pass for a black one.
     """
@@ -836,6 +841,7 @@ def in_batches(score, n=64):
         parts = [score(x, list(prompts[i * n:(i + 1) * n])) for i, x in enumerate(images.nan_to_num(0).split(n))]
         values = torch.cat(parts).to(images.device)
         return values.masked_fill(~finite, math.nan)
+    reward.nets = nets
     return reward
 
 
@@ -848,7 +854,7 @@ def clip_reward(name, size, scale, how="pil", clean=str):
         def score(images, prompts):
             ids = tokenize([clean(prompt) for prompt in prompts]).to(device)               # (b, 77)
             return scale(net(clip_pixels(images.to(device), net.size, how), ids), net.logit_scale.exp())
-        return in_batches(score)
+        return in_batches(score, net)
     return make
 
 
@@ -859,7 +865,7 @@ def aesthetic(weights=None, device="cpu", how="pil"):
     with torch.device("meta"):
         head = Affine(net.config["projection_dim"])
     head = read_weights(head, head_file, device)
-    return in_batches(lambda images, prompts: head(net.image(clip_pixels(images.to(device), net.size, how))))
+    return in_batches(lambda images, prompts: head(net.image(clip_pixels(images.to(device), net.size, how))), net, head)
 
 
 # =====================================================================================================================
@@ -1080,7 +1086,7 @@ def imagereward(weights=None, device="cpu", how="pil"):
     def score(images, prompts):
         ids, mask = tokenize(prompts)
         return net(clip_pixels(images.to(device), net.size, how), ids.to(device), mask.to(device))
-    return in_batches(score)
+    return in_batches(score, net)
 
 
 # =====================================================================================================================
@@ -1579,7 +1585,7 @@ def geneval_engine(weights=None, device="cpu", batch=8):
         return [[{key: value for key, value in row.items() if key != "mask"} for row in rows] for rows in found]
 
     trained = "mmdet's" if net.file.name == MMDET_FILE else "transformers'"
-    find.engine = f"Mask2Former Swin-S, {trained} weights; colours by CLIP ViT-L/14"
+    find.engine, find.nets = f"Mask2Former Swin-S, {trained} weights; colours by CLIP ViT-L/14", (net, clip)
     return find
 
 
@@ -1591,10 +1597,26 @@ def geneval(weights=None, device="cpu", key="score", **flags):
     find = geneval_engine(weights, device)
 
     def reward(images, prompts, metas):
-        values = torch.tensor([score_detections(found, meta, **flags)[key]
-                               for found, meta in zip(find(images, metas), metas)], device=images.device)
+        reward.answers = [geneval_answer(found, meta, **flags) for found, meta in zip(find(images, metas), metas)]
+        values = torch.tensor([answer[key] for answer in reward.answers], device=images.device)
         return values.masked_fill(~images.isfinite().flatten(1).all(1), math.nan)
+    reward.answers, reward.engine, reward.nets = [], find.engine, find.nets
     return reward
+
+
+def geneval_answer(found, meta, **flags):
+    """score_detections of what was found in an image, and "details", {class: [[x0, y0, x1, y1, score], ...]}."""
+    details = {}
+    for d in found:
+        details.setdefault(d["class"], []).append([*d["box"], d["score"]])
+    return {**score_detections(found, meta, **flags), "details": details}
+
+
+def geneval_row(path, meta, answer, engine):
+    """The row of an image in GenEval's results.jsonl, and three keys more: strict, score and engine."""
+    return {"filename": str(path), "tag": meta.get("tag", "all"), "prompt": meta["prompt"],
+            "correct": answer["correct"] == 1, "strict": answer["strict"] == 1, "score": answer["score"],
+            "metadata": json.dumps(meta), "details": json.dumps(answer["details"]), "engine": engine}
 
 
 def write_geneval(folder, index, meta, images, first=0):
@@ -1611,6 +1633,11 @@ def write_geneval(folder, index, meta, images, first=0):
     arrays = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for i, array in enumerate(arrays, first):
         Image.fromarray(array).save(place / "samples" / f"{i:04}.png")
+
+
+def json_lines(rows):
+    """Rows as the bytes of a .jsonl file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def score_geneval(folder, weights=None, device="cpu", batch=32):
@@ -1635,16 +1662,10 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
         for shape, group in itertools.groupby(zip(pictures, rows[start:start + batch]), lambda pair: pair[0].shape):
             pictures_of, some = zip(*group)
             images = torch.from_numpy(np.stack(pictures_of)).permute(0, 3, 1, 2).float() / 255
-            for (path, meta), found in zip(some, find(images, [meta for _, meta in some])):
-                got, details = score_detections(found, meta), {}
-                for d in found:
-                    details.setdefault(d["class"], []).append([*d["box"], d["score"]])
-                results.append({"filename": str(path), "tag": meta["tag"], "prompt": meta["prompt"],
-                                "correct": got["correct"] == 1, "strict": got["strict"] == 1, "score": got["score"],
-                                "metadata": json.dumps(meta), "details": json.dumps(details), "engine": find.engine})
+            results += [geneval_row(path, meta, geneval_answer(found, meta), find.engine)
+                        for (path, meta), found in zip(some, find(images, [meta for _, meta in some]))]
             bar.update(len(some))
-    content = "".join(json.dumps(row) + "\n" for row in results)
-    data.write_atomic(folder / "results.jsonl", content.encode())
+    data.write_atomic(folder / "results.jsonl", json_lines(results))
     return results
 
 
@@ -2209,10 +2230,11 @@ def ocr_reward(name, engine, most=8):
             finite = images.isfinite().flatten(1).all(1)
             rounded = (images.float().nan_to_num(0) * 255).round().clamp(0, 255) / 255     # what a PNG would hold
             pages = [page for some in rounded.to(device).split(most) for page in read(some)]
-            texts = ["".join(line["text"] for line in page) for page in pages]
-            scores = [ocr_score(text, target) for text, target in zip(texts, targets, strict=True)]
+            reward.answers = ["".join(line["text"] for line in page) for page in pages]
+            scores = [ocr_score(text, target) for text, target in zip(reward.answers, targets, strict=True)]
             return torch.tensor(scores, device=images.device).masked_fill(~finite, math.nan)
-        reward.dropped = dropped
+        reward.dropped, reward.answers = dropped, []
+        reward.engine, reward.nets = read.name, (read.finder, read.reader)
         return reward
     return make
 
@@ -2309,7 +2331,7 @@ def judge(name, question, read, form="PNG", size=None, prefill="", **options):
                        f"{f', such as {odd[-1][:80]!r},' if odd else ''} and {count['unanswered']} none at all: NaN",
                        file=sys.stderr)
         return ask.answers
-    ask.unparsed, ask.unanswered, ask.answers, ask.model = 0., 0., [], model
+    ask.unparsed, ask.unanswered, ask.answers, ask.engine = 0., 0., [], model
     return ask
 
 
@@ -2322,7 +2344,7 @@ def judged(name, make_judge, score):
             answers = ask(images, prompts, metas)
             reward.unparsed, reward.unanswered, reward.answers = ask.unparsed, ask.unanswered, answers
             return torch.tensor([math.nan if a is None else score(a) for a in answers], device=images.device)
-        reward.unparsed, reward.unanswered, reward.answers, reward.model = 0., 0., [], ask.model
+        reward.unparsed, reward.unanswered, reward.answers, reward.engine = 0., 0., [], ask.engine
         return reward
     return make
 
@@ -2548,6 +2570,211 @@ REWARDS = {
 
 
 # =====================================================================================================================
+# Benchmarks
+# =====================================================================================================================
+# name -> what data.prompts reads, images a prompt, the rewards, each reported by itself, and where prompts are that
+# are not ours to ship. Images come from dgpo.py's sampler, a U-ViT's from proxt2i.py's, by the flags of these scripts.
+BENCHMARKS = {
+    "tiny": ("shapes", 1, "shapes-strict,shapes-soft", ""),
+    "geneval": ("geneval", 4, "geneval-correct", ""),
+    "drawbench": (HERE / "weights" / "drawbench" / "test.txt", 1, "pickscore,hpsv2,clipscore,aesthetic,imagereward",
+                  "Luo-Yihong/DGPO/HEAD/dataset/drawbench/test.txt"),
+    "ocr": ("ocr", 1, "ocr,ocr-gold", ""),
+    "unigenbench": (HERE / "weights" / "unigenbench" / "test_prompts_en.csv", 4, "unigenbench",
+                    "CodeGoat24/UniGenBench/HEAD/data/test_prompts_en.csv")}
+SAMPLING = ("preset", "init", "eval_steps", "cfg_eval", "resolution", "solver", "schedule", "shift", "sampler",
+            "scheme", "guidance", "text_length", "text_cache", "dtype", "micro_batch")
+
+
+def digest(*nets):
+    """sha256 of the networks' tensors, names and bytes, as they lie in memory: of any file's layout, with a LoRA."""
+    sha = hashlib.sha256()
+    for net in nets:
+        for name, tensor in net.state_dict().items():
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.detach().flatten().contiguous().view(torch.uint8).cpu().numpy())
+    return sha.hexdigest()
+
+
+def bench_model(args):
+    """What `bench` measures: (dgpo or proxt2i, which samples from it, a Config of that script, the pipeline).
+
+    args.model is what models.load reads, with args.weights, or a run's folder: that stands for its trained weights and
+    for the settings that they were evaluated with, under the flags. args.lora: a LoRA file, or None.
+    Raises ValueError or OSError, in one line, for what cannot be read.
+    """
+    run, model, weights, lora, part = pathlib.Path(args.model), args.model, args.weights, args.lora, None
+    settings = models.read_json(run / "config.json") if (run / "metrics.jsonl").is_file() else {}
+    if settings:
+        parts = {path.name: path for path in run.iterdir()}
+        part = parts.get("transformer", parts.get("unet"))             # a network,
+        lora = lora or parts.get("lora.safetensors")                   # a LoRA,
+        model = str(parts.get("model", settings["model"]))             # or a U-ViT's whole pipeline
+        weights = weights or ("" if "model" in parts else settings["weights"])
+        if not (part or lora or "model" in parts):
+            raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first")
+    script = importlib.import_module("proxt2i" if models.family(model, weights) == "uvit" else "dgpo")
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
+    settings = {name: settings[name] for name in SAMPLING if name in settings and hasattr(script.Config, name)}
+    settings.pop("preset", None)                                       # slas.py's or grpo.py's; its values are all here
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **given}.items()]
+    cfg = data.cli(script.Config, script.PRESETS, ["--model", model, "--weights", weights, *flags])
+    dtype = models.DTYPES[cfg.dtype]
+    pipe = models.load(model, weights or None, dtype, args.device, cfg.init or None, cfg.text_length or None)
+    if part:
+        pipe.net = type(pipe.net).from_pretrained(part, dtype, args.device)
+    if lora:
+        models.run_lora(pipe.net, lora)
+    if pipe.family == "uvit":
+        cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score")
+    pipe.guidance = getattr(cfg, "guidance", pipe.guidance)
+    return script, dataclasses.replace(cfg, merge_lora=False), pipe
+
+
+def bench_protocol(args, metas, score, script, cfg, pipe):
+    """All that the figures of a benchmark depend on, a dict for JSON."""
+    def used(name, reward):
+        file, nets = pathlib.Path(name.rpartition(":")[0]), getattr(reward, "nets", ())    # file.py:function, or a name
+        return {"engine": getattr(reward, "engine", None), "sha256": digest(*nets) if nets else
+                hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None}
+    sampler = {"solver": script.default_sampler(cfg)} if pipe.family == "uvit" else {
+        "solver": pipe.solver(cfg.solver), "times": pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution)}
+    sampler |= {"distilled_guidance": pipe.guidance} if pipe.family == "flux" else {}
+    side = pipe.latent_shape(cfg.resolution)[1] * (pipe.vae.factor if pipe.vae else 1)
+    return {"benchmark": args.benchmark, "prompts": len(metas), "per_prompt": args.per_prompt, "seed": args.seed,
+            "prompts_sha256": hashlib.sha256(json.dumps(metas).encode()).hexdigest(), "model": args.model,
+            "lora": args.lora, "weights_sha256": digest(pipe.net, *pipe.encoders, *filter(None, [pipe.vae])),
+            "steps": cfg.eval_steps, "guidance": cfg.cfg_eval, "resolution": side, **sampler, "dtype": cfg.dtype,
+            "text_length": cfg.text_length, "micro_batch": cfg.micro_batch,
+            "rewards": {name: used(name, reward) for name, reward in score.rewards.items()},
+            "torch": torch.__version__, "device": torch.device(args.device).type}
+
+
+def bench_begin(out, protocol):
+    """Write out/protocol.json, or hold it against the one that is there. Returns the rows of out/scores.jsonl so far.
+
+    Only whole batches count, so that the rest becomes what it would have been in one go. Raises ValueError for a folder
+    that holds figures of another protocol, or anything else.
+    """
+    protocol, rows = json.loads(json.dumps(protocol)), []
+    if (out / "scores.jsonl").is_file():
+        text = (out / "scores.jsonl").read_bytes()
+        rows = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]    # a kill may cut the last
+    elif out.is_dir() and any(out.iterdir()) or out.is_file():
+        raise ValueError(f"--out {out} holds something else than a benchmark: choose another")
+    if rows:
+        before = models.read_json(out / "protocol.json")
+        for key in {**before, **protocol}:
+            if before.get(key) != protocol.get(key):
+                raise ValueError(f"{out} holds figures with {key}={str(before.get(key)):.100}, not "
+                                 f"{str(protocol.get(key)):.100}, and one folder is for one protocol: choose another "
+                                 f"--out")
+    if len(rows) < protocol["prompts"] * protocol["per_prompt"]:
+        rows = rows[:len(rows) // protocol["micro_batch"] * protocol["micro_batch"]]
+    out.mkdir(parents=True, exist_ok=True)
+    data.write_atomic(out / "scores.jsonl", json_lines(rows))
+    data.write_atomic(out / "protocol.json", (json.dumps(protocol, indent=2) + "\n").encode())
+    return rows
+
+
+def bench(args):
+    """Sample what a benchmark asks of a model, score it and report it, in a folder that says how it was done.
+
+    args.out: protocol.json; images/ in GenEval's layout, with a prompts.jsonl for `score_folder`; scores.jsonl and
+    .csv, a row an image; result.json, the figures and their protocol; sheet.png. A run that was stopped goes on after
+    its last whole batch. Image j, of prompt j // per_prompt, has the noise ("eval", seed + j), as in training's
+    evaluation. What is scored is what the files hold, colours in steps of 1/255.
+    Raises ValueError or OSError, in one line, for what cannot be read or measured.
+    """
+    spec, per_prompt, names, source = BENCHMARKS.get(args.benchmark, (args.benchmark, 1, "", ""))
+    if not (args.reward or names):
+        raise ValueError(f"--benchmark {args.benchmark} comes without rewards: add --reward NAME,NAME, or choose "
+                         f"{', '.join(BENCHMARKS)}")
+    if source and not spec.is_file():
+        raise ValueError(f"no prompts for --benchmark {args.benchmark}: {spec} is missing. They come by: curl -L "
+                         f"--create-dirs -o {spec} https://raw.githubusercontent.com/{source}")
+    if min(args.draw, args.per_prompt) < 0:
+        raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
+    args.per_prompt = args.per_prompt or per_prompt
+    metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
+    metas = data.draw_prompts(metas, draw, "test") if draw else metas
+    score = load(args.reward or names, args.reward_weights, args.reward_device or args.device)
+    if set(score.weights.values()) != {1}:
+        raise ValueError(f"--reward {args.reward}: a benchmark reports each reward by itself; leave the weights away")
+    script, cfg, pipe = bench_model(args)
+    protocol = bench_protocol(args, metas, score, script, cfg, pipe)
+    out = pathlib.Path(args.out or f"runs/bench-{pathlib.Path(args.benchmark).stem}-{pathlib.Path(args.model).name}")
+    rows = bench_begin(out, protocol)
+    stamp = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16]
+    asked = [meta for meta in metas for _ in range(args.per_prompt)]
+    files = [f"{j // args.per_prompt:05}/samples/{j % args.per_prompt:04}.png" for j in range(len(asked))]
+    (out / "images").mkdir(exist_ok=True)
+    data.write_atomic(out / "images" / "prompts.jsonl",
+                      json_lines({**meta, "file": file} for meta, file in zip(asked, files)))
+    tqdm.write(f"{args.model}: {len(metas)} prompts x {args.per_prompt}, {cfg.eval_steps} steps of "
+               f"{protocol['solver']}, guidance {cfg.cfg_eval:g}, {protocol['resolution']} px, weights "
+               f"{protocol['weights_sha256'][:16]}, out: {out}" + f", {len(rows)} images are there" * bool(rows))
+    if len(rows) < len(asked):
+        pipe.prepare(["", *(meta["prompt"] for meta in metas)], cfg.text_cache)
+    with open(out / "scores.jsonl", "ab") as f, tqdm(total=len(asked), initial=len(rows), unit="image",
+                                                     disable=not sys.stderr.isatty()) as bar:
+        while len(rows) < len(asked):
+            some = slice(len(rows), len(rows) + cfg.micro_batch)
+            prompts, seeds = [meta["prompt"] for meta in asked[some]], range(args.seed, args.seed + len(asked))[some]
+            images = script.sample(pipe, prompts, [("eval", seed) for seed in seeds], cfg, cfg.cfg_eval)
+            images = (images.float().clamp(0, 1) * 255).round() / 255
+            for j, image in enumerate(images, some.start):
+                write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
+            data.scored(",".join(score.weights), score, images, prompts, asked[some])
+            answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
+            new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
+                   for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
+            for i, row in enumerate(new):
+                row |= {name: v if math.isfinite(v := values[i].item()) else None
+                        for name, values in score.values.items()}                          # JSON has no NaN
+                row["answers"] = {name: some[i] for name, some in answers.items()}
+            f.write(json_lines(new))
+            f.flush()
+            rows += new
+            bar.update(len(new))
+    bench_report(args, protocol, asked, rows, out)
+
+
+def bench_report(args, protocol, asked, rows, out):
+    """Write result.json, scores.csv, sheet.png and, for GenEval, the results.jsonl of its own scripts; print the table.
+
+    asked: the meta of each of the rows of scores.jsonl.
+    """
+    names, images = list(protocol["rewards"]), out / "images"
+    result = {"protocol": protocol, "scores": summary(rows, names)}
+    lines = table(result["scores"], args.benchmark)
+    if "geneval-correct" in names:
+        engine = protocol["rewards"]["geneval-correct"]["engine"]
+        official = [geneval_row(images / row["file"], meta, row["answers"]["geneval-correct"], engine)
+                    for row, meta in zip(rows, asked)]
+        data.write_atomic(images / "results.jsonl", json_lines(official))
+        result["geneval"] = geneval_summary(official)
+        lines += "\n\n" + geneval_table(official)
+    if "unigenbench" in names:
+        result["unigenbench"] = unigenbench_summary([{**meta, "points": row["answers"]["unigenbench"]}
+                                                     for row, meta in zip(rows, asked)])
+        lines += "\n" + "".join(f"\n{name:<28}{share:>9.4f}" for name, share in result["unigenbench"].items()
+                                if name != "points")
+    data.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    columns = ("file", "prompt", "tag", "seed", *names, "protocol")
+    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([columns, *([row[name] for name in columns] for row in rows)])
+    n = args.per_prompt
+    shown = sorted({i * (len(rows) // n) // 12 * n for i in range(12)})                    # of twelve prompts
+    grid = [np.stack([np.array(_open(images / rows[j + k]["file"])) for j in shown]) for k in range(min(n, 4))]
+    grid = [torch.from_numpy(some).permute(0, 3, 1, 2) / 255 for some in grid]
+    titles = [f"image {k + 1}" for k in range(len(grid))]
+    data.picture(out / "sheet.png", grid, [rows[j]["prompt"] for j in shown], titles)
+    print(f"{lines}\npictures: {out / 'sheet.png'}")
+    print(json.dumps({"benchmark": args.benchmark, "model": args.model, **result["scores"]["all"], "out": str(out)}))
+
+
+# =====================================================================================================================
 # Command line
 # =====================================================================================================================
 
@@ -2587,48 +2814,97 @@ def _open(path):
         raise ValueError(f"cannot read the image {path}: {e.args[-1]}") from None
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    train = argv[:1] == ["train-proxy"]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="rewards.py train-proxy --help: how "
-                                     "tiny-clip was made", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
-    if train:
-        add("--out", default=str(HERE / "tests" / "tiny-clip"), help="the model's directory, transformers' layout")
-        add("--images", type=int, default=120_000, help="training images in all")
-        add("--batch", type=int, default=128, help="images that a caption is told apart from")
-        add("--lr", type=float, default=2e-3, help="AdamW's peak rate")
-        add("--seed", type=int, default=0, help="of the weights and the images")
-    else:
-        add("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
-        add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
-        add("--weights", help="the directory of the reward networks' weights")
-    args = parser.parse_args(argv[train:])
-    try:
-        if train:
-            train_proxy(args)
-            return 0
-        rows = score_folder(args.reward, args.images, args.weights, args.device)
-    except ValueError as e:
-        print(e, file=sys.stderr)
-        return 2
+def summary(rows, names):
+    """{tag: {"images": number, name: mean, ..., "failed": number}} of rows {"tag", name: value, ...}, and for "all".
+
+    A value that is None or not finite has failed and is in no mean, which is None where all have; "failed" is the most
+    of any name.
+    """
     groups = {}
     for row in rows:
-        groups.setdefault(row.get("tag", "all"), []).append(row["reward"])
-    if len(groups) > 1:
-        groups["all"] = [row["reward"] for row in rows]
-    print(f"{args.reward:<20}{'images':>8}{'mean':>9}{'failed':>8}")
-    for tag, values in groups.items():
-        good = [v for v in values if math.isfinite(v)]
-        mean = sum(good) / len(good) if good else math.nan
-        print(f"{tag:<20}{len(values):>8}{mean:>9.4f}{len(values) - len(good):>8}")
+        groups.setdefault(row.get("tag", "all"), []).append(row)
+    result = {}
+    for tag, some in {**groups, "all": rows}.items():
+        good = {name: [v for row in some if (v := row[name]) is not None and math.isfinite(v)] for name in names}
+        means = {name: statistics.fmean(values) if values else None for name, values in good.items()}
+        result[tag] = {"images": len(some), **means, "failed": len(some) - min(map(len, good.values()))}
+    return result
+
+
+def table(figures, title):
+    """What `summary` made, as lines of text under a title."""
+    wide = {name: max(9, len(name) + 2) for name in figures["all"]}
+    lines = [f"{title:<20}" + "".join(f"{name:>{n}}" for name, n in wide.items())]
+    for tag, row in figures.items():
+        cells = {name: f"{v:.4f}" if isinstance(v, float) else "-" if v is None else str(v) for name, v in row.items()}
+        lines.append(f"{tag:<20}" + "".join(f"{cells[name]:>{n}}" for name, n in wide.items()))
+    return "\n".join(lines)
+
+
+def parser_of(description, **options):
+    """A parser whose errors are one line, with --device."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **options)
+    parser.error = data.refuse
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    return parser
+
+
+def proxy_command(argv):
+    parser = parser_of("How tiny-clip was made.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", default=str(HERE / "tests" / "tiny-clip"), help="the model's directory, transformers' layout")
+    add("--images", type=int, default=120_000, help="training images in all")
+    add("--batch", type=int, default=128, help="images that a caption is told apart from")
+    add("--lr", type=float, default=2e-3, help="AdamW's peak rate")
+    add("--seed", type=int, default=0, help="of the weights and the images")
+    train_proxy(parser.parse_args(argv))
+
+
+def folder_command(argv):
+    parser = parser_of(__doc__.splitlines()[0], epilog="Other commands: rewards.py bench --help, which samples from a "
+                                                       "model what it scores, and train-proxy --help, how tiny-clip "
+                                                       "was made")
+    add = parser.add_argument
+    add("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
+    add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
+    add("--weights", help="the directory of the reward networks' weights")
+    args = parser.parse_args(argv)
+    rows = score_folder(args.reward, args.images, args.weights, args.device)
+    print(table(summary(rows, ["reward"]), args.reward))
     with open(pathlib.Path(args.images) / "scores.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(("file", "prompt", args.reward))
         writer.writerows((row["file"], row["prompt"], f"{row['reward']:.5f}") for row in rows)
-    return 0
+
+
+def bench_command(argv):
+    parser = parser_of(bench.__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="tiny", help="tiny, sd35m, flux, sd14, a directory in diffusers' layout, or a run's folder")
+    add("--lora", help="a LoRA file: of these scripts, of diffusers or of peft")
+    add("--benchmark", default="tiny", help=f"{', '.join(BENCHMARKS)}, or what --prompts of the scripts takes ('tiny')")
+    add("--reward", help="NAME,NAME: each is reported by itself; default: the benchmark's own")
+    add("--draw", type=int, default=0, help="so many prompts, drawn as the scripts draw theirs (0: all; tiny: 600)")
+    add("--per-prompt", type=int, default=0, help="images of each prompt (0: the benchmark's own)")
+    add("--seed", type=int, default=0, help="of the first image; the others count on (0)")
+    add("--out", help="the folder; where a run was stopped, it goes on (runs/bench-BENCHMARK-MODEL)")
+    add("--weights", default="", help="the model's directory or single file, where it is not weights/MODEL")
+    add("--reward-weights", help="the directory of the reward networks' weights (weights)")
+    add("--reward-device", help="where the rewards are computed (--device)")
+    for name in SAMPLING:
+        add(f"--{name.replace('_', '-')}", help="as in dgpo.py, of a U-ViT as in proxt2i.py; of a run: as it was")
+    bench(parser.parse_args(argv))
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"bench": bench_command, "train-proxy": proxy_command}
+    with data.exit_codes():
+        if argv and argv[0] in commands:
+            commands[argv[0]](argv[1:])
+        else:
+            folder_command(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -506,3 +506,21 @@ def test_folders_that_cannot_be_scored(home, small, tmp_path):
     (tmp_path / "00000" / "metadata.jsonl").write_text("{")
     with pytest.raises(ValueError, match="cannot read .*metadata.jsonl"):
         rewards.score_geneval(tmp_path, home)
+
+
+def test_the_benchmark_from_a_model(home, small, random_model, tmp_path, capsys):
+    """Sampled and scored by one command: the folder reads the same to score_geneval, and so to the official scripts."""
+    out = tmp_path / "out"
+    rewards.main(["bench", "--model", str(random_model), "--benchmark", "geneval", "--draw", "3", "--out", str(out),
+                  "--eval-steps", "1", "--micro-batch", "5", "--reward-weights", str(home)])
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "images" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and rewards.geneval_table(rows) in said     # four images a prompt
+    again = rewards.score_geneval(out / "images", home)
+    assert [(row["filename"], row["correct"], row["metadata"], row["engine"]) for row in rows] == [
+        (row["filename"], row["correct"], row["metadata"], row["engine"]) for row in again]
+    assert [{*json.loads(row["details"])} for row in rows] == [{*json.loads(row["details"])} for row in again]
+    result, find = json.loads((out / "result.json").read_text()), geneval_engine(home)
+    assert result["geneval"] == rewards.geneval_summary(rows)
+    assert result["protocol"]["rewards"]["geneval-correct"] == {"engine": find.engine,
+                                                                "sha256": rewards.digest(*find.nets)}

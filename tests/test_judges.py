@@ -179,6 +179,25 @@ def test_unigenbench(server, tmp_path, capsys):
     assert len({name.partition(" - ")[0] for name in rewards.POINTS}) == 10
 
 
+def test_unigenbench_of_a_model(server, random_model, tmp_path, capsys):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps({"prompt": prompt, **META}) + "\n" for prompt in ("a cat", "a dog")))
+    server.answer = lambda body, image, n: (200, points("[1, 0]") if "a cat" in text_of(body) else "I cannot see it.")
+    rewards.main(["bench", "--model", str(random_model), "--benchmark", str(file), "--per-prompt", "2", "--out",
+                  str(out), "--eval-steps", "1", "--reward", "unigenbench"])
+    result = json.loads((out / "result.json").read_text())
+    assert result["scores"]["all"] == {"images": 4, "unigenbench": .5, "failed": 2}
+    assert (result["unigenbench"]["Style"], result["unigenbench"]["Attribute"]) == (1., 0.)
+    assert result["protocol"]["rewards"]["unigenbench"] == {"engine": "vlm", "sha256": None}
+    assert "Style                          1.0000" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [row["answers"]["unigenbench"] for row in rows] == [[1, 0], [1, 0], None, None]
+    server.bodies.clear()
+    rewards.main(["bench", "--model", str(random_model), "--benchmark", str(file), "--per-prompt", "2", "--out",
+                  str(out), "--eval-steps", "1", "--reward", "unigenbench"])
+    assert not server.bodies                                           # what was asked for once is there
+
+
 def test_a_row_of_unigenbench_that_cannot_be_repaired(tmp_path):
     file = tmp_path / "test_prompts_en.csv"
     for row in ('{""Testpoints"": [', '{""Testpoints"": [""Style""], ""Testpoint Description"": []}', '[]', ''):

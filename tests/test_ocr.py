@@ -145,9 +145,10 @@ def test_a_prompt_that_asks_for_no_text_is_refused(name, home, signs, tmp_path, 
             rewards.load(name)(signs[:1], [prompt], [meta])
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"file": "a.png", "prompt": "a cat"}))
-    assert rewards.main(["--reward", name, "--images", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as error:
+        rewards.main(["--reward", name, "--images", str(tmp_path)])
     said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0 and "between double quotes" in said
+    assert error.value.code == 2 and said.count("\n") == 0 and "between double quotes" in said
 
 
 def test_characters_that_an_engine_does_not_know_are_dropped_counted_and_said_once(home, signs, capsys):

@@ -10,6 +10,7 @@ import numpy
 import peft
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 
@@ -18,6 +19,7 @@ import dgpo
 import grpo
 import models
 import pipelines
+import rewards
 
 PROMPTS = ("", "a red circle", "two blue squares, a heart! " * 30, "  A  GREEN\tTriangle\n",
            "\u00fcn\u00efc\u00f6de\u0301 \u2014 \u732b \U0001f408 a star")
@@ -811,3 +813,18 @@ def test_a_preset_for_a_model_of_no_family_is_refused(module, copy):
     for model in (directory, "nowhere"):
         with pytest.raises(ValueError, match=f"--preset official has no numbers for --model {model}"):
             cli(module, "--preset", "official", "--model", model)
+
+
+@EACH
+def test_a_benchmark_samples_as_evaluation_does(saved, family, tmp_path, reward_file):
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    rewards.main(["bench", "--model", str(saved[family][0]), "--benchmark", str(tmp_path / "prompts.txt"), "--reward",
+                  f"{reward_file}:red", "--out", str(tmp_path / "out"), "--cfg-eval", "3", "--eval-steps", "2"])
+    stamp = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    pipe, cfg = models.load(str(saved[family][0])), dgpo.Config(eval_steps=2)
+    images = dgpo.sample(pipe, ["a red circle", "two blue squares"], [("eval", 0), ("eval", 1)], cfg, 3.0)
+    for i, image in enumerate(images):
+        picture = numpy.array(Image.open(tmp_path / "out" / "images" / f"0000{i}" / "samples" / "0000.png"))
+        assert numpy.array_equal(picture, (image.permute(1, 2, 0) * 255).round().byte().numpy())
+    assert stamp["weights_sha256"] == rewards.digest(pipe.net, *pipe.encoders, pipe.vae)
+    assert stamp["solver"] == {"sd14": "ddim"}.get(family, "euler") and stamp["resolution"] == images.shape[-1]

@@ -347,14 +347,16 @@ def test_command_line(tmp_path, capsys):
         rows.append({"file": f"{i}.png", **meta})
     listing = tmp_path / "prompts.jsonl"
     listing.write_text("\n".join(map(json.dumps, rows)))
-    assert rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)]) == 0
+    rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)])
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last == ["all", "5", "1.0000", "0"]
     table = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [row["file"] for row in table] == [row["file"] for row in rows] and float(table[0]["shapes-strict"]) == 1
 
     def refused(reward="shapes", folder=tmp_path):
-        assert rewards.main(["--reward", reward, "--images", str(folder)]) == 2
+        with pytest.raises(SystemExit) as error:
+            rewards.main(["--reward", reward, "--images", str(folder)])
+        assert error.value.code == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "Traceback" not in err
         return err

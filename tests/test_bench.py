@@ -1,0 +1,231 @@
+"""python rewards.py bench: what it samples and scores, where it goes on, what its folder says, and what it refuses."""
+import csv
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import dgpo
+import grpo
+import models
+import proxt2i
+import rewards
+
+FILES = ["images", "protocol.json", "result.json", "scores.csv", "scores.jsonl", "sheet.png"]
+
+
+def bench(out, *flags):
+    rewards.main(["bench", "--out", str(out), "--micro-batch", "4", "--eval-steps", "2", *map(str, flags)])
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as error:
+        rewards.main(["bench", *map(str, flags)])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and said.count("\n") == 1
+    return said
+
+
+def painted(out):
+    """The images of a bench's folder, (B, 3, H, W) in [0, 1], in the order of its listing."""
+    rows = [json.loads(line) for line in (out / "images" / "prompts.jsonl").read_text().splitlines()]
+    arrays = [np.array(Image.open(out / "images" / row["file"])) for row in rows]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, rows
+
+
+def rounded(images):
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def contents(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return ["--model", random_model, "--benchmark", "shapes", "--draw", 5, "--per-prompt", 2]
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """A reward that is killed at its second call if a file `stop` lies beside it, and is NaN for some prompts."""
+    file = tmp_path / "watched.py"
+    file.write_text("""import math, pathlib
+import torch
+
+calls = 0
+
+
+def mean(images, prompts, metas):
+    global calls
+    calls += 1
+    if calls == 2 and pathlib.Path(__file__).with_name("stop").exists():
+        raise KeyboardInterrupt
+    values = images.mean((1, 2, 3))
+    return torch.where(torch.tensor(["star" in p for p in prompts]), math.nan, values)
+""")
+    return f"{file}:mean"
+
+
+def test_what_comes_out(tmp_path, capsys, random_model, model):
+    out, spec = tmp_path / "out", "shapes-strict,shapes-soft"
+    rows = bench(out, *model, "--reward", spec, "--seed", 7, "--cfg-eval", 2.5)
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+    # The images are those of the scripts' own sampler, from consecutive seeds.
+    metas = data.draw_prompts(data.prompts("shapes", "test"), 5, "test")
+    asked = [meta for meta in metas for _ in range(2)]
+    cfg = dgpo.Config(eval_steps=2, micro_batch=4)
+    want = dgpo.sample(models.load(str(random_model)), [meta["prompt"] for meta in asked],
+                       [("eval", 7 + j) for j in range(10)], cfg, 2.5)
+    images, listing = painted(out)
+    assert torch.equal(images, rounded(want)) and [row["prompt"] for row in listing] == [m["prompt"] for m in asked]
+    assert [row["seed"] for row in rows] == list(range(7, 17))
+    assert [row["file"] for row in rows[:3]] == ["00000/samples/0000.png", "00000/samples/0001.png",
+                                                 "00001/samples/0000.png"]
+    assert json.loads((out / "images" / "00004" / "metadata.jsonl").read_text()) == metas[4]
+
+    # The scores are those of what lies there, by the verifier and by the other command.
+    parts = rewards.verify(images, asked)
+    for key in ("strict", "soft"):
+        assert [row[f"shapes-{key}"] for row in rows] == pytest.approx(parts[key].tolist(), abs=1e-6)
+    again = rewards.score_folder("shapes-soft", out / "images")
+    assert [row["reward"] for row in again] == pytest.approx([row["shapes-soft"] for row in rows], abs=1e-6)
+    result = json.loads((out / "result.json").read_text())
+    assert result["scores"]["all"]["shapes-soft"] == pytest.approx(parts["soft"].mean().item())
+    assert result["protocol"] == json.loads((out / "protocol.json").read_text())
+    table = list(csv.DictReader((out / "scores.csv").open()))
+    assert [float(row["shapes-soft"]) for row in table] == [row["shapes-soft"] for row in rows]
+    assert len({row["protocol"] for row in table}) == 1
+    assert said[-3].split()[:2] == ["all", "10"] and json.loads(said[-1])["shapes-soft"] == pytest.approx(
+        parts["soft"].mean().item())
+    assert Image.open(out / "sheet.png").width > 5 * 12
+
+
+def test_the_protocol(tmp_path, random_model, model, watched):
+    bench(tmp_path / "out", *model, "--reward", f"shapes-soft,{watched}", "--resolution", 8, "--solver", "dpm",
+          "--shift", 3)
+    stamp = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    pipe = models.load(str(random_model))
+    assert stamp["weights_sha256"] == rewards.digest(pipe.net, *pipe.encoders)
+    want = {"steps": 2, "guidance": 1., "resolution": 8, "solver": "dpm", "times": pipe.times(2, "", 3.), "seed": 0,
+            "prompts": 5, "per_prompt": 2, "dtype": "float32", "torch": torch.__version__, "device": "cpu"}
+    assert {key: stamp[key] for key in want} == want
+    assert [stamp["rewards"][name]["sha256"] is None for name in ("shapes-soft", watched)] == [True, False]
+    first = rewards.digest(pipe.net)
+    with torch.no_grad():
+        next(pipe.net.parameters()).view(-1)[0] += 1e-6
+    assert rewards.digest(pipe.net) != first
+
+
+def test_it_goes_on_where_it_was(tmp_path, model, watched, capsys):
+    whole = bench(tmp_path / "whole", *model, "--reward", watched)
+    out, stop = tmp_path / "out", pathlib.Path(watched.partition(":")[0]).with_name("stop")
+    stop.touch()
+    with pytest.raises(KeyboardInterrupt):
+        bench(out, *model, "--reward", watched)                        # killed in the second batch of three
+    stop.unlink()
+    lines = (out / "scores.jsonl").read_bytes()
+    assert lines.count(b"\n") == 4
+    rest = (tmp_path / "whole" / "scores.jsonl").read_bytes()[len(lines):]
+    (out / "scores.jsonl").write_bytes(lines + rest[:len(rest) // 2])  # and in the middle of writing its rows
+    made = (out / "images" / "00000" / "samples" / "0000.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert bench(out, *model, "--reward", watched) == whole
+    assert "4 images are there" in capsys.readouterr().out
+    assert made == (out / "images" / "00000" / "samples" / "0000.png").stat().st_mtime_ns  # not made again
+    assert contents(out) == contents(tmp_path / "whole")
+    failed = ["star" in row["prompt"] for row in whole]
+    assert [row[watched] is None for row in whole] == failed and any(failed) and not all(failed)
+    text = (out / "result.json").read_text()
+    scores = json.loads(text)["scores"]
+    assert scores["all"]["failed"] == sum(failed) and scores["position"] == {"images": 2, watched: None, "failed": 2}
+    assert "NaN" not in text and ["position", "2", "-", "2"] in map(str.split, rewards.table(scores, "").splitlines())
+
+
+def test_one_folder_holds_one_protocol(tmp_path, model, capsys):
+    out = tmp_path / "out"
+    bench(out, *model, "--reward", "shapes-soft")
+    before = contents(out)
+    for flags, key in ((["--cfg-eval", 2], "guidance=1.0, not 2.0"), (["--seed", 1], "seed=0, not 1"),
+                       (["--eval-steps", 3], "steps=2, not 3"), (["--draw", 4], "prompts=5, not 4"),
+                       (["--resolution", 8], "resolution=12, not 8"), (["--reward", "shapes"], "rewards=")):
+        said = refused(capsys, "--out", out, "--micro-batch", 4, "--eval-steps", 2, *model, "--reward", "shapes-soft",
+                       *flags)
+        assert f"{out} holds figures with {key}" in said and "another --out" in said
+    assert contents(out) == before
+    bench(out, *model, "--reward", "shapes-soft")                      # the same again: only reported again
+    assert contents(out) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    assert "something else" in refused(capsys, "--out", tmp_path / "notes", *model, "--reward", "shapes")
+
+
+def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n")
+    assert "add --reward" in refused(capsys, "--benchmark", file)
+    assert "unknown prompts 'beauty'" in refused(capsys, "--benchmark", "beauty", "--reward", "shapes")
+    assert "leave the weights away" in refused(capsys, *model, "--reward", "shapes:2")
+    assert "unknown reward" in refused(capsys, *model, "--reward", "beauty")
+    assert "--per-prompt -1" in refused(capsys, "--per-prompt", -1)
+    assert "no weights for --model sd35m" in refused(capsys, "--model", "sd35m")
+    assert "--beta" in refused(capsys, "--beta", 1)
+    assert "--eval-steps 0: 1 or more" in refused(capsys, "--eval-steps", 0)
+    assert "--solver ddim does not suit" in refused(capsys, "--solver", "ddim", "--out", tmp_path / "a")
+    assert "cannot check" in refused(capsys, "--benchmark", file, "--reward", "shapes", "--out", tmp_path / "b")
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"no LoRA")
+    assert "is damaged" in refused(capsys, "--lora", lora)
+    assert "No such file" in refused(capsys, "--lora", tmp_path / "none.safetensors")
+    monkeypatch.setitem(rewards.BENCHMARKS, "drawbench", (tmp_path / "none.txt", *rewards.BENCHMARKS["drawbench"][1:]))
+    assert "curl -L" in refused(capsys, "--benchmark", "drawbench")
+
+
+def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):
+    flags = ["--model", random_model, "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
+             "--steps", "1", "--groups", "2", "--group-size", "4", "--eval-every", "0", "--eval-images", "5",
+             "--cfg-also", "0", "--eval-steps", "3", "--cfg-eval", "2", "--lr", ".01"]
+    for script, own in ((dgpo, []), (grpo, ["--lora-rank", "2"])):
+        run = tmp_path / script.__name__
+        script.main([*map(str, flags), *own, "--out", str(run)])
+        after = json.loads(capsys.readouterr().out.splitlines()[-1])["eval_after"]
+        out = tmp_path / f"{run.name}-bench"
+        rewards.main(["bench", "--model", str(run), "--benchmark", "shapes", "--draw", "5", "--out", str(out),
+                      "--reward", f"{reward_file}:red"])
+        stamp = json.loads((out / "protocol.json").read_text())
+        assert (stamp["steps"], stamp["guidance"]) == (3, 2.)          # as the run was evaluated
+        got = json.loads(capsys.readouterr().out.splitlines()[-1])[f"{reward_file}:red"]
+        assert got == pytest.approx(after, abs=1.5 / 255)              # rounded weights, images and figures
+        start = tmp_path / f"{run.name}-start"
+        rewards.main(["bench", "--model", str(random_model), "--benchmark", "shapes", "--draw", "5", "--out",
+                      str(start), "--reward", f"{reward_file}:red", "--eval-steps", "3", "--cfg-eval", "2"])
+        assert not torch.equal(painted(start)[0], painted(out)[0])
+    lora = tmp_path / "with"
+    bench(lora, "--model", random_model, "--lora", tmp_path / "grpo" / "lora.safetensors", "--benchmark", "shapes",
+          "--draw", 5, "--reward", "shapes", "--eval-steps", 3, "--cfg-eval", 2, "--micro-batch", 96)
+    assert torch.equal(painted(lora)[0], painted(tmp_path / "grpo-bench")[0])
+    for file in ("lora.safetensors", "transformer"):
+        shutil.rmtree(tmp_path / "dgpo" / file, ignore_errors=True)
+    assert "holds no trained weights" in refused(capsys, "--model", tmp_path / "dgpo")
+
+
+@pytest.mark.parametrize("lam", (True, False))
+def test_a_u_vit(tmp_path, lam):
+    pipe = models.fresh_uvit("tiny", None, lam, torch.float32, "cpu", 0)
+    models.save_uvit(pipe, tmp_path / "model", torch.float32)
+    bench(tmp_path / "out", "--model", tmp_path / "model", "--benchmark", "shapes", "--draw", 3, "--reward", "shapes")
+    images, rows = painted(tmp_path / "out")
+    method, sampler = ("prox", "hybrid") if lam else ("score", "dpm")
+    cfg = proxt2i.Config(eval_steps=2, micro_batch=4, method=method)
+    pipe = models.load(str(tmp_path / "model"))
+    want = proxt2i.sample(pipe, [row["prompt"] for row in rows], [("eval", j) for j in range(3)], cfg, 1.)
+    assert torch.equal(images, rounded(want))
+    assert json.loads((tmp_path / "out" / "protocol.json").read_text())["solver"] == sampler
