@@ -355,7 +355,7 @@ def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
     proxt2i.main([str(word) for word in (
         "compare", "--model", fresh / "prox", "--compare-with", f"{fresh / 'score'},{fresh / 'prox'}", "--compare-steps",
         "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
-    assert "--compare-steps 2: the proximal model was trained for 4,5,6,7,8,9,10,25 steps" in capsys.readouterr().err
+    assert "--compare-steps 2: the proximal model was trained for 4,5,6,7,8,9,10,25 steps" in capsys.readouterr().out
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     names = ["hybrid", "hybrid at guidance 1", "hybrid at guidance 3", "sde", "sde-mean", "ode", "dpm",
              "dpm at guidance 1", "dpm at guidance 3", "hybrid prox", "hybrid prox at guidance 1",
