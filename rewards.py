@@ -2613,19 +2613,21 @@ def bench_model(args):
         weights = weights or ("" if "model" in parts else settings["weights"])
         if not (part or lora or "model" in parts):
             raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first")
-    script = importlib.import_module("proxt2i" if models.family(model, weights) == "uvit" else "dgpo")
+    uvit = models.family(model, weights) == "uvit"
+    script = importlib.import_module("proxt2i" if uvit else "dgpo")
     given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
     settings = {name: settings[name] for name in SAMPLING if name in settings and hasattr(script.Config, name)}
     settings.pop("preset", None)                                       # slas.py's or grpo.py's; its values are all here
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **given}.items()]
-    cfg = data.cli(script.Config, script.PRESETS, ["--model", model, "--weights", weights, *flags])
+    presets = script.presets("sample") if uvit else script.PRESETS
+    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *flags])
     dtype = models.DTYPES[cfg.dtype]
     pipe = models.load(model, weights or None, dtype, args.device, cfg.init or None, cfg.text_length or None)
     if part:
         pipe.net = type(pipe.net).from_pretrained(part, dtype, args.device)
     if lora:
         models.run_lora(pipe.net, lora)
-    if pipe.family == "uvit":
+    if uvit:
         cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score")
     pipe.guidance = getattr(cfg, "guidance", pipe.guidance)
     return script, dataclasses.replace(cfg, merge_lora=False), pipe
