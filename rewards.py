@@ -65,6 +65,7 @@ def load(spec, weights=None, device="cpu"):
 
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
+    device: where the images go to be scored; the scores come back to where the images were.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
     trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
@@ -81,9 +82,9 @@ def load(spec, weights=None, device="cpu"):
         terms.append((name, float(factor), _load_one(name, weights, device)))
 
     def score(images, prompts, meta):
-        total = torch.zeros(len(images), device=images.device)
+        total, seen = torch.zeros(len(images), device=images.device), images.to(device)
         for name, factor, reward in terms:
-            values = torch.as_tensor(reward(images, prompts, meta), dtype=torch.float32, device=images.device)
+            values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
@@ -97,6 +98,7 @@ def load(spec, weights=None, device="cpu"):
 
 def judges(cfg, device="cpu"):
     """{name: score} of a run's --eval-reward and --gold-reward: one where they are the same or there is no gold."""
+    device = cfg.reward_device or device
     return {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward) if name}
 
 
@@ -2697,6 +2699,8 @@ def bench(args):
                          f"--create-dirs -o {spec} https://raw.githubusercontent.com/{source}")
     if min(args.draw, args.per_prompt) < 0:
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
+    data.check_device("device", args.device)
+    data.check_device("reward_device", args.reward_device)
     args.per_prompt = args.per_prompt or per_prompt
     metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
     metas = data.draw_prompts(metas, draw, "test") if draw else metas
