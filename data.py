@@ -1220,6 +1220,14 @@ def choose(name, value, options):
         raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(map(str, options))}")
 
 
+def check_device(name, device):
+    """Raise ValueError unless this machine has the device of a flag; None and "" are what the flag's default is."""
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:                    # no such word, no such GPU, no CUDA in PyTorch
+        raise ValueError(f"--{name.replace('_', '-')} {device}: {str(error).splitlines()[0]}") from None
+
+
 def check_common(cfg):
     """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
     if not cfg.gold_reward and cfg.prompts == "shapes":                # the only prompts that it can check
@@ -1244,6 +1252,7 @@ def check_common(cfg):
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
+    check_device("reward_device", cfg.reward_device)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
     choose("init", cfg.init, ("", "random"))
     if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):

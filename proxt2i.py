@@ -55,6 +55,7 @@ class Config:
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
+    reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
@@ -621,7 +622,8 @@ def train_rl(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score, judges = rewards.load(cfg.reward, device=run.device), rewards.judges(cfg, run.device)
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device)
+    judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")

@@ -65,6 +65,7 @@ def load(spec, weights=None, device="cpu"):
 
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
+    device: where the images go to be scored; the scores come back to where the images were.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
     trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
@@ -81,9 +82,9 @@ def load(spec, weights=None, device="cpu"):
         terms.append((name, float(factor), _load_one(name, weights, device)))
 
     def score(images, prompts, meta):
-        total = torch.zeros(len(images), device=images.device)
+        total, seen = torch.zeros(len(images), device=images.device), images.to(device)
         for name, factor, reward in terms:
-            values = torch.as_tensor(reward(images, prompts, meta), dtype=torch.float32, device=images.device)
+            values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
@@ -97,6 +98,7 @@ def load(spec, weights=None, device="cpu"):
 
 def judges(cfg, device="cpu"):
     """{name: score} of a run's --eval-reward and --gold-reward: one where they are the same or there is no gold."""
+    device = cfg.reward_device or device
     return {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward) if name}
 
 
@@ -2613,19 +2615,21 @@ def bench_model(args):
         weights = weights or ("" if "model" in parts else settings["weights"])
         if not (part or lora or "model" in parts):
             raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first")
-    script = importlib.import_module("proxt2i" if models.family(model, weights) == "uvit" else "dgpo")
+    uvit = models.family(model, weights) == "uvit"
+    script = importlib.import_module("proxt2i" if uvit else "dgpo")
     given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
     settings = {name: settings[name] for name in SAMPLING if name in settings and hasattr(script.Config, name)}
     settings.pop("preset", None)                                       # slas.py's or grpo.py's; its values are all here
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **given}.items()]
-    cfg = data.cli(script.Config, script.PRESETS, ["--model", model, "--weights", weights, *flags])
+    presets = script.presets("sample") if uvit else script.PRESETS
+    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *flags])
     dtype = models.DTYPES[cfg.dtype]
     pipe = models.load(model, weights or None, dtype, args.device, cfg.init or None, cfg.text_length or None)
     if part:
         pipe.net = type(pipe.net).from_pretrained(part, dtype, args.device)
     if lora:
         models.run_lora(pipe.net, lora)
-    if pipe.family == "uvit":
+    if uvit:
         cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score")
     pipe.guidance = getattr(cfg, "guidance", pipe.guidance)
     return script, dataclasses.replace(cfg, merge_lora=False), pipe
@@ -2695,6 +2699,8 @@ def bench(args):
                          f"--create-dirs -o {spec} https://raw.githubusercontent.com/{source}")
     if min(args.draw, args.per_prompt) < 0:
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
+    data.check_device("device", args.device)
+    data.check_device("reward_device", args.reward_device)
     args.per_prompt = args.per_prompt or per_prompt
     metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
     metas = data.draw_prompts(metas, draw, "test") if draw else metas

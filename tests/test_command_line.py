@@ -285,6 +285,8 @@ def test_bad_rewards(module, small, refused, reward_file):
         for flag in ("--reward", "--eval-reward"):
             refused(module, [*small, flag, name], *words)
             assert not Path("out").exists()
+    for device in ("gpu", "cuda:99"):
+        refused(module, [*small, "--reward-device", device], f"--reward-device {device}")
 
 
 @pytest.mark.parametrize("name, words", (("raises", "no such judge"), ("too_short", "8"), ("one_number", "8"),

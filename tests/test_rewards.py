@@ -339,6 +339,18 @@ def test_load_names_sums_and_functions(tmp_path):
         rewards.load("pretty")
 
 
+def test_images_are_scored_on_the_rewards_own_device(tmp_path):
+    """The meta device stands for a second one: it keeps no numbers, so the reward makes its own."""
+    file = tmp_path / "mine.py"
+    file.write_text("seen = []\ndef where(images, prompts, meta):\n    seen.append(str(images.device))\n"
+                    "    return [float(len(images))] * len(images)\n")
+    for device in ("meta", "cpu"):
+        score = rewards.load(f"{file}:where", device=device)
+        values = score(torch.zeros(3, 3, 4, 4), ["a"] * 3, [{}] * 3)
+        assert values.device.type == "cpu" and values.tolist() == [3, 3, 3]
+        assert score.rewards[f"{file}:where"].__globals__["seen"] == [device]
+
+
 def test_command_line(tmp_path, capsys):
     metas, images = scenes(5)
     rows = []
