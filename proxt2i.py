@@ -15,9 +15,10 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
     (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')  train_rl
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
+    (10)       L_hold = |f(y_1; 0, gamma_1) - f_ref|^2, which nothing else holds, as it has no log-prob      train_rl
 
-Eq. (9) is ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this toss is most
-of the loss; v asks only for what y tells about x_0, and E[eps | y, x_0] follows in closed form.
+Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this toss is most
+of the loss; v asks only for what y tells about x_0, and E[eps | y, x_0] follows in closed form. (10) is there since the last landing drifts in RL: README, Results.
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
 the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal chain's last adds no noise either.
@@ -84,6 +85,7 @@ class Config:
     train_steps: int = 0                # steps trained of each rollout, drawn anew; 0: all N - 1
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
+    hold: float = 5.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
@@ -127,9 +129,9 @@ class Config:
         if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
                              f"{self.warmup}: between 0 and 1")
-        if self.zeta <= 0 or self.zeta_start < 0 or self.clip_range <= 0 or self.kl_beta < 0 or self.batch < 1:
+        if self.zeta <= 0 or self.zeta_start < 0 or self.clip_range <= 0 or min(self.kl_beta, self.hold) < 0 or self.batch < 1:
             raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
-                             f"{self.zeta_start} and --kl-beta {self.kl_beta} 0 or more, --batch {self.batch} positive")
+                             f"{self.zeta_start}, --kl-beta {self.kl_beta} and --hold {self.hold} 0 or more, --batch {self.batch} positive")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if self.stage == "rl" and not 2 <= self.sample_steps:
@@ -144,6 +146,7 @@ class Config:
                 pda_lambdas(n)
 
 
+HELD = 4                              # every fourth image of an update holds the last landing, Eq. (10)
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whose they are; sde-mean: the last step's
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}           # noise is left out
 SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
@@ -151,7 +154,7 @@ TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dt
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
 LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
-            minutes=1e6, kl_beta=1e-3, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
+            minutes=1e6, kl_beta=1e-3, hold=0.0, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
 MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
@@ -647,7 +650,7 @@ def train_rl(cfg):
     def rescore(states, k, part, scale):
         """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
         mean, std = kernel(cfg.method, answer_of(cfg.method, net, part, null, scale), states[n - k], k, n)
-        return gaussian_logp(states[n - k + 1], mean, std), mean, std
+        return gaussian_logp(states[n - k + 1], mean, std) if std else None, mean, std
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
                desc="proxt2i", unit="step", dynamic_ncols=True)
@@ -675,7 +678,7 @@ def train_rl(cfg):
             with torch.no_grad():
                 data.check_ratio(run, [rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s]
                                        for s in chunks for k in trained])
-        logs, differences = torch.zeros(5, device=run.device, dtype=states.dtype), []      # loss, kl, stats: means
+        logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold: means
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
@@ -694,7 +697,15 @@ def train_rl(cfg):
                         kl = gaussian_kl(mean, mean_ref, std)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
-                    logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+                    logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
+                if cfg.hold:                                           # Eq. (10), on a quarter of the images
+                    few, part = some[::HELD], [c[::HELD] for c in part]
+                    _, landed, _ = rescore(states[:, few], 1, part, cfg.cfg_train)
+                    with torch.no_grad(), models.using(params, start):
+                        _, landed_ref, _ = rescore(states[:, few], 1, part, cfg.cfg_ref)
+                    held = (landed - landed_ref).square().mean()
+                    (cfg.hold * held * share * len(trained)).backward()
+                    logs[-1] += held.detach() * share * len(trained)
             if not checked:                                            # and so must the update's own passes, in bf16
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
@@ -706,11 +717,13 @@ def train_rl(cfg):
         run.count["images"] += cfg.groups * cfg.group_size
         passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
         made = cfg.groups * cfg.group_size
-        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes)
-        run.count["backwards"] += made * len(trained) * (1 + (cfg.cfg_train != 1))
-        loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
+        held = -(-made // HELD) * (cfg.hold > 0)
+        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes) + held * (
+            2 + (cfg.cfg_train != 1) + (cfg.cfg_ref != 1))
+        run.count["backwards"] += (made * len(trained) + held) * (1 + (cfg.cfg_train != 1))
+        loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
+               "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": data.image_stats(images, cfg.group_size),
                "rewards": data.reward_terms(run, score)}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:

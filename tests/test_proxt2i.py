@@ -327,7 +327,7 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     last = run(line, capsys)
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2 + 1
     again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
