@@ -17,8 +17,9 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
     (10)       L_hold = |f(y_1; 0, gamma_1) - f_ref|^2, which nothing else holds, as it has no log-prob      train_rl
 
-Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this toss is most
-of the loss; v asks only for what y tells about x_0, and E[eps | y, x_0] follows in closed form. (10) is there since the last landing drifts in RL: README, Results.
+Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this
+toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. Without (10)
+the last landing drifts in RL, and paints noise.
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
 the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal chain's last adds no noise either.
@@ -82,10 +83,11 @@ class Config:
     images: str = "shapes"              # training images: shapes, a folder, tar shards, or a folder of cached latents
     optimizer: str = "muon"             # of training: muon (matrices; the rest AdamW), adamw
     updates: int = 2                    # optimizer steps a rollout, on disjoint groups
-    train_steps: int = 0                # steps trained of each rollout, drawn anew; 0: all N - 1
+    train_steps: int = 0                # steps trained of each rollout, drawn anew; 0: all
+    train_last: int = 0                 # from the last so many before the image, 0: from all N - 1
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
-    hold: float = 5.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
+    hold: float = 50.0                  # weight of Eq. (10): the last landing stays where it was    [paper: 0]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
@@ -129,16 +131,19 @@ class Config:
         if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
                              f"{self.warmup}: between 0 and 1")
-        if self.zeta <= 0 or self.zeta_start < 0 or self.clip_range <= 0 or min(self.kl_beta, self.hold) < 0 or self.batch < 1:
+        if self.zeta <= 0 or self.clip_range <= 0 or self.batch < 1 or min(
+                self.zeta_start, self.kl_beta, self.hold) < 0:
             raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
-                             f"{self.zeta_start}, --kl-beta {self.kl_beta} and --hold {self.hold} 0 or more, --batch {self.batch} positive")
+                             f"{self.zeta_start}, --kl-beta {self.kl_beta} and --hold {self.hold} 0 or more, --batch "
+                             f"{self.batch} positive")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if self.stage == "rl" and not 2 <= self.sample_steps:
             raise ValueError(f"--sample-steps {self.sample_steps}: N steps have N - 1 that are Gaussian, so 2 or more")
-        if not 0 <= self.train_steps < max(self.sample_steps, 1):
-            raise ValueError(f"--train-steps {self.train_steps}: between 0 (all) and {self.sample_steps - 1}, one less "
-                             f"than --sample-steps")
+        for name in ("train_steps", "train_last"):
+            if not 0 <= getattr(self, name) < max(self.sample_steps, 1):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 (all) and "
+                                 f"{self.sample_steps - 1}, one less than --sample-steps")
         if self.fsdp and self.optimizer == "muon" and self.stage != "rl":
             raise ValueError("--optimizer muon looks at whole matrices, which --fsdp cuts: --optimizer adamw")
         if self.scheme == "pda":
@@ -154,7 +159,8 @@ TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dt
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
 LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
-            minutes=1e6, kl_beta=1e-3, hold=0.0, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)
+            minutes=1e6, kl_beta=1e-3, hold=0.0, ema=0.0, optimizer="adamw", eval_images=1024, eval_every=50,
+            micro_batch=24)
 MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
@@ -666,7 +672,8 @@ def train_rl(cfg):
         states = torch.cat([part[0] for part in parts], 1)             # (n + 1, B, C, H, W)
         logp_old = {k: torch.cat([part[1][k] for part in parts]) for k in parts[0][1]}     # {k: (B,)}
         choice = data.uniform(n + 1, cfg.seed, step, "steps")
-        trained = sorted(sorted(logp_old, key=choice.__getitem__)[:cfg.train_steps or None])
+        last = [k for k in logp_old if k <= 1 + (cfg.train_last or n)] # the image's own step, k = 1, has no log-prob
+        trained = sorted(sorted(last, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
         images = torch.cat([pipe.decode(states[-1, s]) for s in chunks])
         reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
@@ -678,7 +685,7 @@ def train_rl(cfg):
             with torch.no_grad():
                 data.check_ratio(run, [rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s]
                                        for s in chunks for k in trained])
-        logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold: means
+        logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
