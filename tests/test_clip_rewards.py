@@ -1,6 +1,10 @@
-"""CLIP, ImageReward and their preprocessing against transformers and PIL: small random networks, full-size shapes."""
+"""CLIP, ImageReward and their preprocessing against transformers, open_clip and PIL: small random networks, full-size
+shapes."""
 import html
+import json
 import math
+import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -139,6 +143,57 @@ def test_open_clip_names(tmp_path, monkeypatch, name):
     else:
         torch.save({"epoch": 1, "state_dict": state} if "HPS" in name else state, tmp_path / name)
     agrees(rewards.read_clip(tmp_path, "H/14"), net)
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    """open_clip, with stand-ins for torchvision: it takes its image transforms from there, and its networks nothing."""
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+            m.setitem(sys.modules, "torchvision" + name, MagicMock())
+        import open_clip
+    return open_clip
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_open_clips_own_network_and_file(open_clip, tmp_path, monkeypatch, act):
+    small = config(act)
+    text, vision = small["text_config"], small["vision_config"]
+    torch.manual_seed(0)
+    net = shaken(open_clip.CLIP(
+        small["projection_dim"], quick_gelu=act == "quick_gelu",
+        text_cfg=dict(context_length=12, vocab_size=60, width=32, heads=2, layers=2, mlp_ratio=40 / 32),
+        vision_cfg=dict(image_size=32, patch_size=8, width=48, head_width=16, layers=3, mlp_ratio=56 / 48)))
+    assert (text["intermediate_size"], vision["intermediate_size"]) == (40, 56)
+    monkeypatch.setitem(CLIP_SIZES, "H/14", small)
+    torch.save(net.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    ours, (pixels, ids) = rewards.read_clip(tmp_path, "H/14"), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.image(pixels), net.encode_image(pixels, normalize=True), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.text(ids), net.encode_text(ids, normalize=True), atol=1e-5, rtol=0)
+        logits = net.get_logits(pixels, ids)[0].diagonal()
+        torch.testing.assert_close(ours(pixels, ids) * ours.logit_scale.exp(), logits, atol=1e-4, rtol=0)
+        assert logits.std() > .1
+
+
+def test_open_clips_tokens(open_clip, tmp_path):
+    """CLIP's own vocabulary, which open_clip ships, through our tokenizer; the padding is another and never seen."""
+    theirs = open_clip.SimpleTokenizer()
+    (tmp_path / "vocab.json").write_text(json.dumps(
+        {token.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): i
+         for token, i in theirs.encoder.items()}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in theirs.bpe_ranks))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    tokenize = models.CLIPTokenizer(tmp_path)
+    prompts = [*PROMPTS, "", "A  photo\tof \u201ctwo\u201d CATS &amp; 3 dogs, caf\u00e9 \u732b \U0001f408!",
+               "it's " * 60, "a sign that says \"N\u00b0 42\"",
+               *(meta["prompt"] for meta in data.prompts("geneval", "test")[::10])]
+    ours, want = tokenize([rewards.open_clip_text(prompt) for prompt in prompts]), theirs(prompts)
+    end = want.argmax(1)
+    assert torch.equal(ours.argmax(1), end)
+    for a, b, n in zip(ours, want, end):
+        assert torch.equal(a[:n + 1], b[:n + 1])
+    assert tokenize(["a photo of a cat"])[0, 1:6].tolist() == [320, 1125, 539, 320, 2368]
 
 
 def test_read_weights_is_strict(tmp_path):
