@@ -1715,7 +1715,8 @@ def masked_reward(run, score, images, prompts, metas):
 
 
 def reward_terms(run, score):
-    """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last rollout.
+    """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last rollout; of a
+    judge also `unparsed`, the share of images whose answers could not be read.
 
     Over all processes' images, failed ones left out; std: population. {} for a score of another make.
     """
@@ -1725,6 +1726,9 @@ def reward_terms(run, score):
         values = values[values.isfinite()]
         rows[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(),
                       "weight": score.weights[name]}
+        unread = getattr(score.rewards[name], "unparsed", None)
+        if unread is not None:
+            rows[name]["unparsed"] = run.gather(torch.tensor([unread], device=run.device)).mean().item()
     return rows
 
 

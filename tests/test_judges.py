@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -95,6 +96,16 @@ def test_numbers(server, name, text, value):
     (got,), reward = ask(name, grey(9))
     assert got == (value if value is None else pytest.approx(value, abs=1e-4))
     assert len(server.bodies) == (1 if value is not None else rewards.TRIES) and reward.unparsed == (value is None)
+
+
+def test_the_share_that_is_not_read_is_logged(server):
+    """The light image's answer has no number in it: NaN, left out of the mean, and one of four in the row."""
+    server.answer = lambda body, image, n: (200, "What is it?" if image.getpixel((0, 0))[0] > 200 else "Score: 4")
+    score, run = rewards.load("vlm:0.5"), types.SimpleNamespace(device="cpu", gather=lambda x: x)
+    values = score(grey(9, 20, 255, 30), ["a cat"] * 4, [{}] * 4)
+    assert values.isnan().tolist() == [False, False, True, False]
+    row = data.reward_terms(run, score)["vlm"]
+    assert row == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5, "unparsed": .25}
 
 
 def test_an_answer_that_was_cut_off_is_not_read():
