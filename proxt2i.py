@@ -791,8 +791,8 @@ def compare(cfg):
                   for scale in filter(None, cfg.compare_cfg.split(","))]
     rows, steps = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test"), counts(
         "compare_steps", cfg.compare_steps)
-    judges = rewards.judges(cfg, run.device)
-    judges |= {name: rewards.load(name, device=run.device) for name in filter(None, cfg.compare_rewards.split(","))}
+    judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
+                                                for name in filter(None, cfg.compare_rewards.split(","))}
     warn_of_steps(cfg, run, "--compare-steps", steps)
     run.begin()
     table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]

@@ -42,6 +42,7 @@ import statistics
 import string
 import sys
 import threading
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -909,19 +910,19 @@ def worn(images, generator):
 def train_proxy(args):
     """Make tiny-clip from one seed: `contrastive_loss` on the tiny world's images, worn, and their noisy captions.
 
-    AdamW; the rate rises for 100 steps and falls to zero over the last four fifths. OUT changes only at the end.
+    Muon, AdamW for what is no matrix; the rate rises for 100 steps and falls to zero over the last four fifths. OUT changes only at the end.
     Raises ValueError for sizes and a rate that nothing can be trained with.
     """
     if args.batch < 2 or args.images < 2 * args.batch or not 0 < args.lr < math.inf:
         raise ValueError(f"--batch {args.batch}, --images {args.images}, --lr {args.lr}: at least 2 images a batch, "
-                         f"two batches and a rate above 0. Try --batch 128 --images 120000 --lr 0.002")
+                         f"two batches and a rate above 0. Try --batch 128 --images 240000 --lr 0.003")
     torch.manual_seed(args.seed)
     out, new, steps = pathlib.Path(args.out), pathlib.Path(f"{args.out}.new"), args.images // args.batch
     shutil.copytree(models.TINY_DIR / "tokenizer", new, dirs_exist_ok=True)
     tokenize = models.CLIPTokenizer(new)                               # the end of text is its last token
     words = dict(vocab_size=tokenize.end + 1, bos_token_id=tokenize.start, eos_token_id=tokenize.end)
     net = CLIP(**{**PROXY, "text_config": PROXY["text_config"] | words}).init_weights().to(args.device)
-    opt = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=.1)
+    opt = data.optimizer(types.SimpleNamespace(optimizer="muon", lr=args.lr, weight_decay=.1), net, [*net.parameters()])
     stream = data.WorldStream(args.seed, 0, args.batch, net.size)
     bar = tqdm(range(steps), desc="train-proxy", mininterval=5, dynamic_ncols=True)
     for step in bar:
@@ -932,7 +933,8 @@ def train_proxy(args):
         cosine = net.image(clip_pixels(images.to(args.device), net.size, "bicubic")) @ net.text(ids).T     # (b, b)
         loss = contrastive_loss(cosine, net.logit_scale.exp(), (ids[:, None] == ids).all(2))
         loss.backward()
-        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100, (steps - step) / (.8 * steps))
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 100, (steps - step) / (.8 * steps))
         opt.step()
         opt.zero_grad(set_to_none=True)
         net.logit_scale.data.clamp_(max=math.log(100))                 # as in the paper
@@ -2859,9 +2861,9 @@ def proxy_command(argv):
     parser = parser_of("How tiny-clip was made.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", default=str(HERE / "tests" / "tiny-clip"), help="the model's directory, transformers' layout")
-    add("--images", type=int, default=120_000, help="training images in all")
+    add("--images", type=int, default=240_000, help="training images in all")
     add("--batch", type=int, default=128, help="images that a caption is told apart from")
-    add("--lr", type=float, default=2e-3, help="AdamW's peak rate")
+    add("--lr", type=float, default=3e-3, help="the peak rate")
     add("--seed", type=int, default=0, help="of the weights and the images")
     train_proxy(parser.parse_args(argv))
 
