@@ -353,8 +353,8 @@ def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
     """Two kinds of models, a second proximal one, a sweep of guidance, two rewards; a number of steps that is new."""
     monkeypatch.chdir(tmp_path)
     proxt2i.main([str(word) for word in (
-        "compare", "--model", fresh / "prox", "--compare-with", f"{fresh / 'score'},{fresh / 'prox'}", "--compare-steps",
-        "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
+        "compare", "--model", fresh / "prox", "--compare-with", f"{fresh / 'score'},{fresh / 'prox'}",
+        "--compare-steps", "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
     assert "--compare-steps 2: the proximal model was trained for 4,5,6,7,8,9,10,25 steps" in capsys.readouterr().out
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     names = ["hybrid", "hybrid at guidance 1", "hybrid at guidance 3", "sde", "sde-mean", "ode", "dpm",

@@ -162,7 +162,8 @@ def test_the_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as error:
             rewards.main(line)
         said = capsys.readouterr().err
-        assert error.value.code == 2 and said.count("\n") == 1 and flag in said and value in said and not (tmp_path / "c").exists()
+        assert error.value.code == 2 and said.count("\n") == 1 and flag in said and value in said
+        assert not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match="train-proxy --out"):
         rewards.load("tiny-clip", tmp_path)
 
