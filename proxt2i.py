@@ -87,7 +87,7 @@ class Config:
     train_last: int = 5                 # from the last so many before the image, 0: from all      [paper: all N - 1]
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
-    hold: float = 50.0                  # weight of Eq. (10): the last landing stays where it was    [paper: 0]
+    hold: float = 3.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
@@ -98,7 +98,7 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
-    lr: float = 1e-4                    # AdamW; train and finetune have their own, TINY and PAPER
+    lr: float = 2e-4                    # AdamW; train and finetune have their own, TINY and PAPER
     weight_decay: float = 1e-4          # AdamW
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once; rollouts take whole groups
@@ -157,8 +157,8 @@ TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dt
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
 LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
-            minutes=1e6, kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
-            eval_images=1024, eval_every=50, micro_batch=24)           # the paper: an update for 6 such batches
+            minutes=1e6, lr=1e-4, kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0,
+            optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)     # an update for 6 such batches
 MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
