@@ -157,8 +157,10 @@ def network(folder, family, dtype=torch.float64):
 
 
 def numbers(row):
-    """All numbers of a metrics line, those in its `stats`, `rewards` and `advantage` too."""
-    return [n for value in row.values() for n in (numbers(value) if isinstance(value, dict) else [value])]
+    """All numbers of a metrics line, those in its dicts and lists too."""
+    if isinstance(row, (dict, list)):
+        return [n for value in (row.values() if isinstance(row, dict) else row) for n in numbers(value)]
+    return [row]
 
 
 def unread(name):
