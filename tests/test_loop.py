@@ -160,7 +160,7 @@ def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
     monkeypatch.setattr(os, "replace", bomb(replace))
     kills, line = 0, flags(out="killed", **settings)
     while True:                                                        # each life gets one write further than the last
-        left = kills // 2 + 1 if kills < 6 else 5 + kills % 3
+        left = kills // 2 + 1 if kills < 10 else 7 + kills % 4
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 module.main(line + ["--resume"] * (kills > 0 and Path("killed/config.json").exists()))
