@@ -1867,8 +1867,8 @@ def chart(path, panels, ticks=None, width=420, height=300):
     """
     font, left, pad = ImageFont.load_default(12), 46, 40
     labels, row = list(dict.fromkeys(label for runs in panels.values() for label in runs)), 3 * len(panels)
-    sheet = Image.new("RGB", (len(panels) * width, height + 14 + 18 * -(-len(labels) // row)), "white")
-    pen = ImageDraw.Draw(sheet)
+    page = Image.new("RGB", (len(panels) * width, height + 14 + 18 * -(-len(labels) // row)), "white")
+    pen = ImageDraw.Draw(page)
     for panel, (title, runs) in enumerate(panels.items()):
         xs, ys = zip(*(point for curves in runs.values() for curve in curves for point in curve))
         start, end, low, high = min(xs), max(xs), min(ys) - .02, max(ys) + .02
@@ -1892,7 +1892,7 @@ def chart(path, panels, ticks=None, width=420, height=300):
         pen.line([(x, y + 7), (x + 22, y + 7)], fill=INKS[i % len(INKS)], width=3)
         pen.text((x + 28, y), label, fill="black", font=font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    page.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
 
 

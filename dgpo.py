@@ -146,7 +146,7 @@ PRESETS = {                                                           # preset -
 
 # == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
-    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+    """Group-relative advantages: A_i = (r_i - mean_g r) / (std + 1e-4).
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.

@@ -13,7 +13,7 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (5) [3.1]  y = (x + sqrt(gamma) xi) / (1 - gamma/2),  x' = prox(y; t', gamma / (1 - gamma/2))             pda_step
     (6) [7]    f = prox_null + s (prox_text - prox_null); the paper's omega is s - 1                            guided
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
-    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL |mean - mean_ref|^2 / (2 gamma')  train_rl
+    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL KL               policy_loss, gaussian_kl
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
     (10)       L_hold = |f(y_1; 0, gamma_1) - f_ref|^2, which nothing else holds, as it has no log-prob      train_rl
 
@@ -184,7 +184,7 @@ def counts(name, text):
 
 # == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
-    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+    """Group-relative advantages: A_i = (r_i - mean_g r) / (std + 1e-4).
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
@@ -260,14 +260,14 @@ def gaussian_kl(mean, mean_ref, std):
 
 # == same: policy loss (grpo proxt2i slas) ==
 def policy_loss(logp, logp_old, adv, clip_range):
-    """Clipped surrogate, Eq. (3), to be minimised.
+    """Clipped surrogate, to be minimised.
 
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
     ratio = (logp - logp_old).exp()                                    # r_i  (B,)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
-    loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
                   "approx_kl": (logp - logp_old).detach().square().mean() / 2}
 # == end ==
@@ -777,9 +777,9 @@ def compare(cfg):
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
-    for model in (cfg.model, *filter(None, cfg.compare_with.split(","))):
-        weights = cfg.weights if model == cfg.model and cfg.weights else None
-        pipe = models.load(model, weights, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
+    asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
+    for model, weights, init in asked:
+        pipe = models.load(model, weights or None, models.DTYPES[cfg.dtype], run.device, init or None)
         one = replace(cfg, model=model, sampler="", method="prox" if pipe.net.config.get("lam") else "score")
         check_model(one, pipe)
         path = Path(weights or model)                                  # the second of a kind is called by its run
@@ -789,8 +789,8 @@ def compare(cfg):
                   if method == one.method and sampler not in {"hybrid", "pda"} - {cfg.scheme}]
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
-    rows, steps = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test"), counts(
-        "compare_steps", cfg.compare_steps)
+    rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
+    steps = counts("compare_steps", cfg.compare_steps)
     judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
                                                 for name in filter(None, cfg.compare_rewards.split(","))}
     warn_of_steps(cfg, run, "--compare-steps", steps)

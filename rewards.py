@@ -910,7 +910,8 @@ def worn(images, generator):
 def train_proxy(args):
     """Make tiny-clip from one seed: `contrastive_loss` on the tiny world's images, worn, and their noisy captions.
 
-    Muon, AdamW for what is no matrix; the rate rises for 100 steps and falls to zero over the last four fifths. OUT changes only at the end.
+    Muon, AdamW for what is no matrix; the rate rises for 100 steps and falls to zero over the last four fifths. OUT
+    changes only at the end.
     Raises ValueError for sizes and a rate that nothing can be trained with.
     """
     if args.batch < 2 or args.images < 2 * args.batch or not 0 < args.lr < math.inf:
@@ -2467,24 +2468,31 @@ POINTS = {
     "Attribute - Shape": ("属性-形状", "the things have the shape that the prompt says"),
     "Attribute - Size": ("属性-大小", "the things have the size, absolute or beside others, that the prompt says"),
     "Action - Hand (Character/Anthropomorphic)": (
-        "动作-人物/拟人手部动作", "the hands of a person, or of what acts like one, are sound and do what the prompt says"),
+        "动作-人物/拟人手部动作",
+        "the hands of a person, or of what acts like one, are sound and do what the prompt says"),
     "Action - Full-body (Character/Anthropomorphic)": (
         "动作-人物/拟人全身动作", "a person, or what acts like one, stands or moves as the prompt says"),
     "Action - Animal": ("动作-动物动作", "the animals do what the prompt says"),
-    "Action - Contact Interaction": ("动作-实体间有接触互动", "two things touch and act on each other as the prompt says"),
+    "Action - Contact Interaction": (
+        "动作-实体间有接触互动", "two things touch and act on each other as the prompt says"),
     "Action - Non-contact Interaction": (
-        "动作-实体间无接触互动", "two things act on each other without touching, as by a look, as the prompt says"),
+        "动作-实体间无接触互动",
+        "two things act on each other without touching, as by a look, as the prompt says"),
     "Action - State": ("动作-状态", "the things are in the lasting state that the prompt says"),
     "Relationship - Composition": ("关系-构成关系", "a whole consists of the parts that the prompt says"),
     "Relationship - Similarity": ("关系-相似关系", "the things are alike in what the prompt says"),
     "Relationship - Inclusion": ("关系-包含关系", "a thing is inside, or holds, another as the prompt says"),
     "Relationship - Comparison": ("关系-比较关系", "the things differ from each other as the prompt says"),
-    "Compound - Imagination": ("复合考点-想象力", "what the real world has not is shown as the prompt says, and convinces"),
+    "Compound - Imagination": (
+        "复合考点-想象力", "what the real world has not is shown as the prompt says, and convinces"),
     "Compound - Feature Matching": (
         "复合考点-不同实体特征匹配", "each thing has all of its own attributes, and none of another's"),
-    "Entity Layout - Two-Dimensional Space": ("实体布局-二维空间", "the things stand left, right, above and below as said"),
-    "Entity Layout - Three-Dimensional Space": ("实体布局-三维空间", "the things stand before, behind, in and on as said"),
-    "Grammar - Pronoun Reference": ("语法-代词指代", "what a pronoun says belongs to the thing that it stands for"),
+    "Entity Layout - Two-Dimensional Space": (
+        "实体布局-二维空间", "the things stand left, right, above and below as said"),
+    "Entity Layout - Three-Dimensional Space": (
+        "实体布局-三维空间", "the things stand before, behind, in and on as said"),
+    "Grammar - Pronoun Reference": (
+        "语法-代词指代", "what a pronoun says belongs to the thing that it stands for"),
     "Grammar - Consistency": ("语法-统一性", "what the prompt says of several things holds for all of them"),
     "Grammar - Negation": ("语法-否定", "what the prompt says is not there is not there"),
     "Logical Reasoning": ("逻辑推理", "what follows from the prompt, as a cause or a consequence, is shown"),

@@ -174,7 +174,7 @@ PRESETS = {                                                           # preset -
 
 # == same: advantage (dgpo grpo proxt2i slas) ==
 def group_advantage(reward, group_size, std="group"):
-    """Group-relative advantages, Eq. (1): A_i = (r_i - mean_g r) / (std + 1e-4).
+    """Group-relative advantages: A_i = (r_i - mean_g r) / (std + 1e-4).
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
@@ -220,14 +220,14 @@ def max_gamma(limit, dr=None, R=None, K=None, most=4.0):
 
 # == same: policy loss (grpo proxt2i slas) ==
 def policy_loss(logp, logp_old, adv, clip_range):
-    """Clipped surrogate, Eq. (3), to be minimised.
+    """Clipped surrogate, to be minimised.
 
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
     ratio = (logp - logp_old).exp()                                    # r_i  (B,)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
-    loss = -torch.minimum(ratio * adv, clipped * adv).mean()           # Eq. (3)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
                   "approx_kl": (logp - logp_old).detach().square().mean() / 2}
 # == end ==

@@ -367,6 +367,17 @@ def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
         assert Image.open(f"out/samples/{name}.png").size[0] > 200
 
 
+def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path, capsys, monkeypatch):
+    """--weights are the first model's alone: beside it the same name stands for what ships."""
+    monkeypatch.chdir(tmp_path)
+    proxt2i.main([str(word) for word in (
+        "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox",
+        "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
+    lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
+    assert [line[0] for line in lines[3:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox"]
+    assert float(lines[4][1]) < .1 < float(lines[5][1])                # untrained, and trained
+
+
 def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     """One row of pictures for each evaluation, the first before training: the strip is all of them under one header."""
     monkeypatch.chdir(tmp_path)
