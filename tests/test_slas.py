@@ -15,6 +15,7 @@ import grpo
 import models
 import rewards
 import slas
+import spread
 import test_command_line
 from test_command_line import alone, refused, small                    # noqa: F401 (fixtures)
 from test_loop import flags, process, run, same, without_seconds       # noqa: F401
@@ -190,6 +191,18 @@ def test_proposition_1_small_spreads_get_overestimated_advantages():
     shares = [share(slas.slas_advantage(reward, size, gamma)) for gamma in GAMMAS]
     assert shares[0] == pytest.approx(1 / 101, rel=.2) and shares[2] == pytest.approx(1e-4, rel=.4)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_the_figure_of_proposition_1():
+    """tests/spread.png, closed forms: E|dr| = .798 sigma, E dr^2 = sigma^2, over the batch's moments; groups: flat."""
+    sigma, seen = torch.tensor(spread.SPREADS), {name: torch.tensor(v) for name, v in spread.weights().items()}
+    assert (seen["group std"] - seen["group std"].mean()).abs().max() < .02 * seen["group std"].mean()
+    linear = math.sqrt(2 / math.pi) * sigma / sigma.square().mean().sqrt()
+    square = sigma.square() / (3 * sigma.pow(4).mean()).sqrt()
+    assert torch.allclose(seen["batch std"], linear, rtol=.03, atol=2e-3)
+    assert torch.allclose(seen["SLAS, gamma 1"], square, rtol=.06, atol=1e-3)
+    for size, (mean, scatter, exact) in spread.bias(20000).items():
+        assert abs(mean - exact) < 4 * scatter / math.sqrt(20000)
 
 
 # ============================================================================================================ Theorem 4
