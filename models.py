@@ -2112,10 +2112,11 @@ def fisher(policy, steps, images, params, v, run):
 MEMORY = {                # family -> GB of one GPU -> images at once in training, gradient checkpointing; LoRA, 512 px
     "sd3": {24: (12, True), 48: (24, True), 80: (16, False), 141: (32, False)},
     "flux": {48: (6, True), 80: (24, True), 141: (48, True)},
-    "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)}}
+    "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)},
+    "uvit": {24: (48, True), 48: (96, True), 80: (96, True), 141: (192, True)}}
 
 
-FULL = {"sd3": 54, "flux": 286, "sd14": 21}     # GB of all weights in training: 24 bytes each, moments and averages too
+FULL = {"sd3": 54, "flux": 286, "sd14": 21, "uvit": 13}     # GB of all weights trained: 24 bytes each, with moments
 
 
 def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False):
@@ -2129,7 +2130,7 @@ def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False):
     if gigabytes not in (24, 48, 80, 141):
         raise ValueError(f"--gpu-memory {gigabytes}: 24, 48, 80 or 141")
     if gigabytes not in plans:
-        fits = f"it wants --gpu-memory {min(plans)}" if plans else "known are sd35m, flux, sd14 and their directories"
+        fits = f"it wants --gpu-memory {min(plans)}" if plans else "known are sd35m, flux, sd14, uvit and their directories"
         raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
     images, checkpointing = plans[gigabytes]
     if not lora_rank and not fsdp and FULL[family] > 0.9 * gigabytes:
