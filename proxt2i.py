@@ -15,7 +15,7 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
     (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL KL               policy_loss, gaussian_kl
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
-    (10)       L_hold = |f(y_1; 0, gamma_1) - f_ref|^2, which nothing else holds, as it has no log-prob      train_rl
+    (10)       L_hold = |f(y; 0, lam) - f_ref|^2, y = x_0 + sqrt(lam) eps: it has no log-prob            hold_error
 
 Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this
 toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. Without (10)
@@ -87,7 +87,7 @@ class Config:
     train_last: int = 5                 # from the last so many before the image, 0: from all      [paper: all N - 1]
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
-    hold: float = 3.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
+    hold: float = 1.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
@@ -484,6 +484,21 @@ def kernel(method, answer, state, k, n):
     return (1 + gamma_next / 2) * landed, math.sqrt(gamma_next)
 
 
+def hold_error(method, policy, ref, reference, x_0, n, eps):
+    """Eq. (10): what the weights have moved of the last landing of a chain of n steps, mean |f - f_ref|^2, ().
+
+    policy, ref: the callables of `answer_of`; reference: the context in which the network has the weights of ref;
+    x_0, eps: (B, C, H, W). y as in training, Eq. (3), or for a score model X_{1/n}. n is any number of steps, not the
+    rollout's alone: held at 10 only, the last landing of 4 steps drifts, and RL at 10 steps ruins 4.
+    """
+    a, gamma = alpha_bar(1 / n), beta_integral(0.0, 1 / n)
+    y = x_0 + math.sqrt(gamma) * eps if method == "prox" else math.sqrt(a) * x_0 + math.sqrt(1 - a) * eps
+    landed, _ = kernel(method, policy, y, 1, n)
+    with torch.no_grad(), reference:
+        landed_ref, _ = kernel(method, ref, y, 1, n)
+    return (landed - landed_ref).square().mean()
+
+
 @torch.no_grad()
 def rollout(pipe, prompts, ctx, null, cfg, step, group):
     """One chain for each image: states (n + 1, B, C, H, W), the image last, and logp {k: (B,)} of k = n .. 2.
@@ -649,12 +664,13 @@ def train_rl(cfg):
     run.restore(params, ema, opt)
     if not run.state:
         log_start(pipe, val, judges, cfg, run)
+    candidates = counts("candidates", cfg.candidates)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(states, k, part, scale):
         """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
         mean, std = kernel(cfg.method, answer_of(cfg.method, net, part, null, scale), states[n - k], k, n)
-        return gaussian_logp(states[n - k + 1], mean, std) if std else None, mean, std
+        return gaussian_logp(states[n - k + 1], mean, std), mean, std
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
                desc="proxt2i", unit="step", dynamic_ncols=True)
@@ -704,11 +720,13 @@ def train_rl(cfg):
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
                 if cfg.hold:                                           # Eq. (10), on a quarter of the images
-                    few, part = some[::HELD], [c[::HELD] for c in part]
-                    _, landed, _ = rescore(states[:, few], 1, part, cfg.cfg_train)
-                    with torch.no_grad(), models.using(params, start):
-                        _, landed_ref, _ = rescore(states[:, few], 1, part, cfg.cfg_ref)
-                    held = (landed - landed_ref).square().mean()
+                    policy, ref = (answer_of(cfg.method, net, [c[::HELD] for c in part], null, scale)
+                                   for scale in (cfg.cfg_train, cfg.cfg_ref))
+                    m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, i, "hold")[0])]
+                    x_0 = states[-1, some[::HELD]]
+                    eps = data.noise(x_0.shape, cfg.seed, step, run.rank, update, i, "hold", device=run.device,
+                                     dtype=states.dtype)
+                    held = hold_error(cfg.method, policy, ref, models.using(params, start), x_0, m, eps)
                     (cfg.hold * held * share * len(trained)).backward()
                     logs[-1] += held.detach() * share * len(trained)
             if not checked:                                            # and so must the update's own passes, in bf16

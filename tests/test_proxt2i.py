@@ -1,4 +1,5 @@
 """proxt2i.py: samplers and losses against closed forms, its chain against torch.distributions, its stages."""
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -300,6 +301,30 @@ def test_kernel_is_the_sampler(method):
     torch.testing.assert_close(state, want)
 
 
+@pytest.mark.parametrize("n", (4, 10))
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_what_holds_the_last_landing(method, n):
+    """hold_error is 0 for the reference, (shift)^2 for an operator that lands a shift away, at any number of steps; it
+    asks at the noise of the chain's last step, and has a gradient to the policy alone."""
+    x_0, eps = torch.randn(2, 500, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen, shift = [], torch.tensor(.1, dtype=torch.float64, requires_grad=True)
+    gamma = proxt2i.beta_integral(0.0, 1 / n)
+
+    def ref(y, t, lam=None):
+        seen.append((y, t, lam))
+        return y / 2
+    by = shift if method == "prox" else shift / gamma                  # the score's step is gamma long
+    assert proxt2i.hold_error(method, ref, ref, contextlib.nullcontext(), x_0, n, eps) == 0
+    error = proxt2i.hold_error(method, lambda *at: ref(*at) + by, ref, contextlib.nullcontext(), x_0, n, eps)
+    error.backward()
+    assert error.item() == pytest.approx(.01) and shift.grad.item() == pytest.approx(.2)
+    y, t, lam = seen[-1]
+    assert (t, lam) == ((0, gamma) if method == "prox" else (1 / n, None))
+    signal = 1 if method == "prox" else proxt2i.alpha_bar(1 / n)
+    noise = gamma if method == "prox" else 1 - proxt2i.alpha_bar(1 / n)
+    assert torch.allclose(y, signal ** .5 * x_0 + noise ** .5 * eps)
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """Untrained tiny models of both kinds, whose head is not zero."""
@@ -328,6 +353,7 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
     assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2 + 1
+    assert rows[1]["hold"] < 1e-12                                     # nothing had moved yet
     again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
