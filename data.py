@@ -382,7 +382,7 @@ def prompts(spec, split):
     spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
     .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column, or UniGenBench's
     columns). A file's rows are the same for every split. HPDv2's are such files: train.json (a row for each pair of
-    images), anime.json ...
+    images; here each of its prompts counts once), anime.json ...
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -413,6 +413,8 @@ def prompts(spec, split):
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
+    if "human_preference" in rows[0]:                                  # HPDv2's train.json
+        return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     return rows
 
 

@@ -140,7 +140,7 @@ def test_prompts_from_files(tmp_path):
 def test_hpdv2(tmp_path):
     """Its files as its authors describe them: a list of pairs, lists of prompts. The missing one names its command."""
     pair = {"human_preference": [1, 0], "prompt": "a cat", "file_path": ["1.jpg", "2.jpg"], "user_hash": "x"}
-    (tmp_path / "train.json").write_text(json.dumps([pair, {**pair, "prompt": "a dog"}]))
+    (tmp_path / "train.json").write_text(json.dumps([pair, {**pair, "prompt": "a dog"}, pair]))
     (tmp_path / "anime.json").write_text(json.dumps(["a cat", "a dog"]))
     for name in ("train", "anime"):
         assert [row["prompt"] for row in data.prompts(tmp_path / f"{name}.json", "train")] == ["a cat", "a dog"]
