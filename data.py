@@ -1501,7 +1501,7 @@ class Run:
     def _parted(self, row):
         """Do proxy and gold part ways in this row of an evaluation? Said where the last evaluation's did not say so."""
         before = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        found = parting([*before, {**self.count, **row}])
+        found = parting([*before, {**self.count, **row}], evaluated=self.cfg.eval_reward == self.cfg.reward)
         if found and not any([old["parted"] for old in before if "parted" in old][-1:]):
             since, rise, fall = found
             self.say(f"step {self.count['step']}: proxy and gold part ways, since step {since} {self.cfg.reward} rose "
@@ -1737,41 +1737,46 @@ def reward_terms(run, score):
 def verdict(cfg, rows, values):
     """An evaluation as a row of metrics. rows: the prompts'; values: {reward: (rows,) float64, NaN where it failed}.
 
-    eval, tags: the mean of --eval-reward, and by GenEval's tags; eval_gold, gold_error: that of --gold-reward and its
-    standard error; others: the means of all other rewards, if there are any. Raises ValueError if a reward failed on
-    more than a tenth.
+    eval, eval_error, tags: the mean of --eval-reward, its standard error, and the means by GenEval's tags; eval_gold,
+    gold_error: the same of --gold-reward; others: the means of all other rewards, if there are any. Raises ValueError
+    if a reward failed on more than a tenth.
     """
+    def mean(name):
+        seen = values[name][~values[name].isnan()]
+        return seen.mean().item(), seen.std(correction=0).item() / math.sqrt(len(seen))
     values = {name: masked(name, value) for name, value in values.items()}
-    tags, gold = [row.get("tag", "all") for row in rows], values.get(cfg.gold_reward)
-    row = {"eval": values[cfg.eval_reward].nanmean().item(),
+    tags = [row.get("tag", "all") for row in rows]
+    row = {**dict(zip(("eval", "eval_error"), mean(cfg.eval_reward))),
            "tags": {tag: round(values[cfg.eval_reward][[t == tag for t in tags]].nanmean().item(), 4)
                     for tag in dict.fromkeys(tags)}}
     others = {name: value.nanmean().item() for name, value in values.items()
               if name not in (cfg.eval_reward, cfg.gold_reward)}
     if others:
         row["others"] = others
-    if gold is not None:
-        gold = gold[~gold.isnan()]
-        row |= {"eval_gold": gold.mean().item(), "gold_error": gold.std(correction=0).item() / math.sqrt(len(gold))}
+    if cfg.gold_reward in values:
+        row |= dict(zip(("eval_gold", "gold_error"), mean(cfg.gold_reward)))
     return row
 
 
-def parting(rows, window=30):
+def parting(rows, window=30, evaluated=False):
     """Do proxy and gold part ways? None, or the step since when, how much the proxy rose and how much gold fell.
 
     rows: of metrics.jsonl, the last with eval_gold; it is compared with the last such row at least `window` rollouts
-    before. Proxy: mean `reward` of the second half of the rollouts between less that of the first half. Gold:
-    `eval_gold`. Each has to move by more than its standard error.
+    before. Proxy: mean `reward` of the second half of the rollouts between less that of the first half; or `eval`, if
+    that is of the reward that is trained on (evaluated). Gold: `eval_gold`. Each has to move by more than its standard
+    error.
     """
     new, old = rows[-1], [row for row in rows if "eval_gold" in row and row["step"] <= rows[-1]["step"] - window][-1:]
     proxy = [row["reward"] for row in rows if "reward" in row and old and row["step"] > old[0]["step"]]
     if len(proxy) < 4:
         return None
-    halves = proxy[:len(proxy) // 2], proxy[len(proxy) // 2:]
-    rise, fall = statistics.mean(halves[1]) - statistics.mean(halves[0]), old[0]["eval_gold"] - new["eval_gold"]
-    errors = (math.sqrt(sum(statistics.variance(half) / len(half) for half in halves)),
-              math.hypot(old[0]["gold_error"], new["gold_error"]))
-    return (old[0]["step"], rise, fall) if rise > errors[0] and fall > errors[1] else None
+    old, halves = old[0], (proxy[:len(proxy) // 2], proxy[len(proxy) // 2:])
+    rise = statistics.mean(halves[1]) - statistics.mean(halves[0])
+    error = math.sqrt(sum(statistics.variance(half) / len(half) for half in halves))
+    if evaluated:
+        rise, error = new["eval"] - old["eval"], math.hypot(old["eval_error"], new["eval_error"])
+    fall, error_too = old["eval_gold"] - new["eval_gold"], math.hypot(old["gold_error"], new["gold_error"])
+    return (old["step"], rise, fall) if rise > error and fall > error_too else None
 
 
 def advantage_stats(reward, adv, group_size):

@@ -188,6 +188,11 @@ def test_parting():
     assert data.parting(history(up, falls, error=.07)) is not None
     assert data.parting(history(up[:20], falls)) is None               # too short a run
     assert data.parting(history(up[:20], [.5, .5, .4]), window=20)[0] == 0
+    for rise, error, found in ((.05, .03, True), (.05, .04, False), (-.05, .03, False)):       # by evaluations instead
+        rows = history(level, falls)
+        for row in rows:
+            row |= {"eval": .5 + rise * row["step"] / rows[-1]["step"], "eval_error": error}
+        assert (data.parting(rows, window=rows[-1]["step"], evaluated=True) is not None) == found
 
 
 def test_verdict():
@@ -198,7 +203,7 @@ def test_verdict():
     row = data.verdict(cfg, rows, {"p": proxy, "g": gold})
     assert row["eval"] == 9.5 and row["tags"] == {"a": 3.5, "b": 13.5} and row["eval_gold"] == pytest.approx(3 / 19)
     assert row["gold_error"] == pytest.approx(math.sqrt(3 / 19 * 16 / 19 / 19))
-    assert set(data.verdict(cfg, rows, {"p": proxy})) == {"eval", "tags"}
+    assert set(data.verdict(cfg, rows, {"p": proxy})) == {"eval", "eval_error", "tags"}
     with pytest.raises(ValueError, match="the reward g gave NaN"):
         data.verdict(cfg, rows, {"p": proxy, "g": gold / gold})
 
