@@ -195,8 +195,13 @@ def parsed(argv):
     args.methods, args.variants = (list(filter(None, text.split(","))) for text in (args.methods, args.variants))
     known = {"all", *(variant for method in args.methods for variant in VARIANTS.get(method, ()))}
     unknown = [*(set(args.methods) - METHODS.keys()), *(set(args.variants) - known)]
-    if unknown or (args.minutes and args.rollouts):
-        parser.error(f"unknown: {', '.join(unknown)}" if unknown else "--minutes or --rollouts, not both")
+    taken = {word.split("=")[0] for word in args.flags} & {"--seed", "--steps", "--out", "--resume", "--eval-reward"}
+    for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}"), (taken, f"{', '.join(taken)}: the race's own"),
+                       (args.minutes and args.rollouts, "--minutes or --rollouts, not both"),
+                       (min(args.seeds, args.jobs) < 1, "--seeds and --jobs: 1 or more"),
+                       (args.table and not args.csv.exists(), f"{args.csv} does not exist: run the race first")):
+        if wrong:
+            parser.error(why)
     minutes = args.minutes or (2 if args.tune else 8)
     args.budget = f"{args.rollouts} rollouts" if args.rollouts else f"{minutes:g} minutes"
     return args
@@ -205,7 +210,8 @@ def parsed(argv):
 def main(argv=None):
     args, children, failed = parsed(argv), [], []
     if not args.table:
-        args.out.mkdir(parents=True, exist_ok=True)
+        for folder in (args.out, args.csv.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         runs, pool = plan(args, read(args.csv)), ThreadPoolExecutor(args.jobs)
         try:
             done = as_completed([pool.submit(perform, run, args, children) for run in runs])
