@@ -1,4 +1,4 @@
-"""Draw validation curves of runs against images, network passes and seconds, and print a table of their ends.
+"""Tables and pictures of runs: of the race's csv (tests/race.py --table), or of runs' folders:
 
     python tests/curves.py tests/curves.png dgpo=runs/dgpo-00* grpo=runs/grpo-00*
     python tests/curves.py --gold out.png dance=runs/grpo-00* slas=runs/slas-00*       # --eval-reward and --gold-reward
@@ -6,8 +6,12 @@
 Each argument after the picture is LABEL=FOLDER, or LABEL=FOLDER FOLDER ... as a shell expands it: the folders of one
 label are its seeds, drawn thin, their mean over the common range drawn thick. FOLDER@N is cut after N rollouts.
 """
+import csv
+import io
 import json
+import math
 import pathlib
+import re
 import statistics
 import sys
 
@@ -19,6 +23,8 @@ PANELS = (("images", "eval", "images"), ("forwards", "eval", "network passes (fo
 GOLD = (("step", "eval", "proxy against rollouts"), ("step", "eval_gold", "gold against rollouts"),
         ("eval", "eval_gold", "gold against proxy"))
 
+
+# ======================================================================================================= runs' folders
 
 def curve(folder):
     """The validation points of one run: a list of metrics rows that hold `eval`, seconds counted from the first
@@ -50,6 +56,106 @@ def main(*arguments):
               f"| {statistics.mean(end['images'] for end in ends):,.0f} "
               f"| {statistics.mean(end['forwards'] for end in ends):,.0f} "
               f"| {statistics.mean(end['seconds'] for end in ends):.0f} |")
+
+
+# ======================================================================================================= the race's csv
+
+AXES = {"updates": "updates", "images": "images", "forwards": "network passes", "seconds": "seconds"}
+SCORES = {"strict": "strict score", "proxy": "proxy"}
+RACE = ("reward", "budget", "flags", "machine")                        # what the runs of one table have in common
+RUN = (*RACE, "method", "variant", "settings", "seed", "commit", "torch")
+COLUMNS = (*RUN, "split", "step", *AXES, *SCORES)
+
+
+def read(file):
+    """The csv's rows, numbers as floats; none if there is no file."""
+    with open(file, newline="") if file.exists() else io.StringIO() as f:
+        return [{key: float(value) if key in ("step", *AXES, *SCORES) else value for key, value in row.items()}
+                for row in csv.DictReader(f)]
+
+
+def run_of(row):
+    """What tells a row's run from every other."""
+    return [str(row[column]) for column in RUN]
+
+
+def races(rows):
+    """{race: {(method, variant): {seed: [rows]}}}; of a run with several settings or commits the last in the file."""
+    found = {}
+    for row in rows:
+        if row["variant"] != "tune":
+            seeds = found.setdefault(tuple(row[c] for c in RACE), {}).setdefault((row["method"], row["variant"]), {})
+            if any(some[0]["settings"] != row["settings"] for some in seeds.values()):
+                seeds.clear()
+            if run_of(seeds.get(row["seed"], [row])[0]) != run_of(row):
+                del seeds[row["seed"]]
+            seeds.setdefault(row["seed"], []).append(row)
+    return found
+
+
+def val_curves(seeds, axis, score="strict"):
+    """[(x, y), ...] of each seed's validation points, as data.chart takes them."""
+    return [[(row[axis], row[score]) for row in rows if row["split"] == "val"] for rows in seeds.values()]
+
+
+def mean_curve(seeds, axis):
+    """The mean of the seeds' first points, of their second ones, and so on: data.chart's thick line."""
+    return [tuple(map(statistics.mean, zip(*some))) for some in zip(*val_curves(seeds, axis))]
+
+
+def reach(points, target):
+    """Where points [(x, y), ...] first have y >= target, by a straight line between two points; NaN if nowhere."""
+    for (x, y), (x_next, y_next) in zip(points[:1] + points, points):
+        if y_next >= target:
+            return x_next if y >= target else x + (target - y) / (y_next - y) * (x_next - x)
+    return math.nan
+
+
+def table(race, runs):
+    """A race in Markdown. Test scores: mean and sample standard deviation over seeds; targets by the mean curve.
+
+    The target is the best score of Flow-GRPO's own mean curve; NaN where a run never has it, or Flow-GRPO is not there.
+    """
+    flow = runs.get(("flow-grpo", "base"), {})
+    target = max((y for _, y in mean_curve(flow, "seconds")), default=math.nan)
+    text = [f"{', '.join(filter(None, race))}; target {target:.3f}", "",
+            "| run | settings | seeds | strict, before | after | proxy, before | after | seconds to target "
+            "| passes to target | speed-up |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for (method, variant), seeds in runs.items():
+        cells = [method if variant == "base" else f"{method}, {variant}",
+                 next(iter(seeds.values()))[0]["settings"] or "defaults", f"{len(seeds)}"]
+        tests = [[row for row in rows if row["split"] == "test"] for rows in seeds.values()]
+        for values in ([test[when][score] for test in tests] for score in SCORES for when in (0, 1)):
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        seconds, passes = (reach(mean_curve(seeds, axis), target) for axis in ("seconds", "forwards"))
+        faster = reach(mean_curve(flow, "seconds"), target) / seconds if seconds else math.nan
+        text.append(f"| {' | '.join(cells)} | {seconds:.0f} | {passes:,.0f} | {faster:.2f} |")
+    return "\n".join(text)
+
+
+def pictures(stem, runs):
+    """Each score against each axis: of the methods; of each method and its variants, six a picture."""
+    groups = {"": {method: seeds for (method, variant), seeds in runs.items() if variant == "base"}}
+    for method in dict.fromkeys(method for method, _ in runs):
+        all_of_it = {variant: seeds for (other, variant), seeds in runs.items() if other == method}
+        base = {"base": all_of_it.pop("base")} if "base" in all_of_it else {}
+        for k in range(0, len(all_of_it), 6):
+            groups[f"-{method}-{k // 6 + 1}"] = base | dict(list(all_of_it.items())[k:k + 6])
+    for name, group in groups.items():
+        for score, title in SCORES.items() if group else ():
+            data.chart(f"{stem}{name}-{score}.png", {
+                f"{title} against {axis_title}": {label: val_curves(seeds, axis, score)
+                                                  for label, seeds in group.items()}
+                for axis, axis_title in AXES.items()})
+
+
+def report(file):
+    """Print the table of each race in the csv, and draw it beside the file."""
+    for race, runs in races(read(file)).items():
+        print(table(race, runs), end="\n\n")
+        stem = re.sub(r"[^\w.]+", "-", " ".join((file.stem, *race))).strip("-")
+        pictures(file.with_name(stem), runs)
 
 
 if __name__ == "__main__":
