@@ -1396,8 +1396,9 @@ class Mask2Former(nn.Module):
         return self.class_predictor(state), masks
 
 
-# mmdet's names -> transformers', one rule after the other. Made by reading mmdet 2.x, whose checkpoint is GenEval's own
-# detector, and tested on names that were made up from the same reading: no such file has been loaded here.
+# mmdet's names -> transformers', one rule after the other. Checked against mmdet 2.27.0, GenEval's version, and 2.28.2:
+# the network that it builds for this detector, with random weights, loads strictly, and on 160 x 224 random pixels its
+# class logits and masks are ours within 6.2e-6 and 7.6e-6. The public file itself was not at hand.
 _SWIN, _PIXELS, _QUERIES = ("model.pixel_level_module.encoder.", "model.pixel_level_module.decoder.",
                             "model.transformer_module.")
 MMDET = (
@@ -1448,8 +1449,9 @@ def detector_pixels(images, long=1333, short=800, divisor=32):
     """Images (B, 3, H, W), RGB in [0, 1], as mmdet's test pipeline shows them to the detector.
 
     8 bits; bilinear, without antialias, to a long side of at most `long` and a short side of at most `short`; 8 bits
-    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; ImageNet's mean and deviation; zeros
-    right and below, to multiples of `divisor`. Returns pixels (B, 3, H', W') and the size (h, w) inside the padding.
+    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; the grey of 128 of 255 right and below,
+    to multiples of `divisor`; ImageNet's mean and deviation. Returns pixels (B, 3, H', W') and the size (h, w) inside
+    the padding. Source: mmdet 2.27's mask2former_r50_lsj_8x2_50e_coco.py; its panoptic sibling pads with zeros instead.
 
     Channels are in the order red, green, blue, which the networks were trained with. The reward servers of Flow-GRPO
     and DGPO hand RGB to a function that takes BGR: their detector sees red and blue exchanged. That is not copied.
@@ -1460,7 +1462,7 @@ def detector_pixels(images, long=1333, short=800, divisor=32):
     x = F.interpolate((images.float() * 255).round().clamp(0, 255), (h, w), mode="bilinear").round()
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((123.675, 116.28, 103.53),
                                                                             (58.395, 57.12, 57.375)))
-    return F.pad((x - mean) / std, (0, -w % divisor, 0, -h % divisor)), (h, w)
+    return (F.pad(x, (0, -w % divisor, 0, -h % divisor), value=128) - mean) / std, (h, w)
 
 
 def instances(logits, masks, padded, inner, size, least=0., most=100):
