@@ -99,13 +99,18 @@ def test_numbers(server, name, text, value):
 
 
 def test_the_share_that_is_not_read_is_logged(server):
-    """The light image's answer has no number in it: NaN, left out of the mean, and one of four in the row."""
+    """The light image's answer has no number in it: NaN, left out of the mean, and one of twelve in the row."""
     server.answer = lambda body, image, n: (200, "What is it?" if image.getpixel((0, 0))[0] > 200 else "Score: 4")
-    score, run = rewards.load("vlm:0.5"), types.SimpleNamespace(device="cpu", gather=lambda x: x)
-    values = score(grey(9, 20, 255, 30), ["a cat"] * 4, [{}] * 4)
-    assert values.isnan().tolist() == [False, False, True, False]
-    row = data.reward_terms(run, score)["vlm"]
-    assert row == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5, "unparsed": .25}
+    for overlap in (True, False):
+        run = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, constant=True,
+                                    cfg=types.SimpleNamespace(reward="vlm:0.5", overlap=overlap))
+        scoring = data.Scoring(run, rewards.load("vlm:0.5"))
+        for levels in ((9, 20, 255, 30), range(10, 90, 10)):           # two chunks, of 4 images and of 8
+            scoring.add(grey(*levels), ["a cat"] * len(levels), [{}] * len(levels))
+        images, reward = scoring.result()
+        assert len(images) == 12 and reward.isnan().nonzero().flatten().tolist() == [2]
+        assert scoring.terms()["vlm"] == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5,
+                                          "unparsed": pytest.approx(1 / 12)}
 
 
 def test_an_answer_that_was_cut_off_is_not_read():
