@@ -1254,6 +1254,7 @@ def check_common(cfg):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     check_device("reward_device", cfg.reward_device)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
+    choose("reward_dtype", cfg.reward_dtype, ("float32", "bfloat16"))
     choose("init", cfg.init, ("", "random"))
     if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
         raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")

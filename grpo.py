@@ -40,6 +40,7 @@ class Config:
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
@@ -409,7 +410,8 @@ def train(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    scoring = data.Scoring(run, rewards.load(cfg.reward, device=cfg.reward_device or run.device))
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")

@@ -25,6 +25,7 @@ makes one from a name, a weighted sum of names, or a function of yours.
 import argparse
 import ast
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -61,12 +62,14 @@ import models
 # Loading
 # =====================================================================================================================
 
-def load(spec, weights=None, device="cpu"):
+def load(spec, weights=None, device="cpu", dtype="float32"):
     """Make `score(images, prompts, meta) -> (B,) float32` from a name, a weighted sum, or a function in a file.
 
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     device: where the images go to be scored; the scores come back to where the images were.
+    dtype: float32, or bfloat16 for the matrix products of the CLIP rewards and imagereward; all else, features, cosines
+    and the last layers' sums, is float32, and so are rewards with thresholds: geneval, ocr, shapes.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
     trainer masks it. The trainer hands over a rollout in chunks, whole groups, from a thread beside the next one's
@@ -83,11 +86,15 @@ def load(spec, weights=None, device="cpu"):
         if not _is_number(factor):
             raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
         terms.append((name, float(factor), _load_one(name, weights, device)))
+    rounded = [name for name, _, reward in terms if dtype == "bfloat16" and hasattr(reward, "may_round")]
+    if dtype == "bfloat16" and not rounded:
+        raise ValueError(f"the reward {spec!r} is computed in float32: bfloat16 is for CLIP's and for imagereward")
 
     def score(images, prompts, meta):
         total, seen = torch.zeros(len(images), device=images.device), images.to(device)
         for name, factor, reward in terms:
-            values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
+            with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
+                values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
@@ -593,7 +600,8 @@ def ocr_score(text, target):
 # CLIP: PickScore, HPSv2, CLIP scores, aesthetics
 # =====================================================================================================================
 # One network serves them all; they differ in weights, in how an image is made small, and in the scale of the cosine.
-# Everything runs in float32.
+# Everything runs in float32, as in Flow-GRPO's and DGPO's code, unless load is told bfloat16: HPSv2's own code and
+# DanceGRPO's have autocast, to float16. A cosine keeps its float32 then, for bf16 has steps of .002 at .3.
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -651,10 +659,10 @@ class CLIP(models.CLIPText):
         x = body.pre_layrnorm(x + body.embeddings.position_embedding.weight)
         for layer in body.encoder["layers"]:
             x = layer(x)
-        return F.normalize(self.visual_projection(body.post_layernorm(x[:, 0])), dim=1)    # (B, P)
+        return F.normalize(self.visual_projection(body.post_layernorm(x[:, 0])).float(), dim=1)        # (B, P)
 
     def text(self, ids):
-        return F.normalize(super().forward(ids)[1], dim=1)                                 # (B, P)
+        return F.normalize(super().forward(ids)[1].float(), dim=1)                         # (B, P)
 
     def forward(self, pixels, ids):
         """The cosine (B,) of each image with its own text."""
@@ -784,7 +792,8 @@ class Affine(nn.Module):
                                     nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
     def forward(self, x):
-        return self.layers(x)[:, 0]
+        with torch.autocast(x.device.type, enabled=False):             # the score itself: not one of bf16's 8 bits
+            return self.layers(x.float())[:, 0]
 
 
 # Where the weights are: directory -> its files and the commands that bring them. {} is the directory.
@@ -846,7 +855,7 @@ def in_batches(score, *nets, n=64):
         parts = [score(x, list(prompts[i * n:(i + 1) * n])) for i, x in enumerate(images.nan_to_num(0).split(n))]
         values = torch.cat(parts).to(images.device)
         return values.masked_fill(~finite, math.nan)
-    reward.nets = nets
+    reward.nets, reward.may_round = nets, True
     return reward
 
 
@@ -1451,9 +1460,9 @@ def detector_pixels(images, long=1333, short=800, divisor=32):
     """Images (B, 3, H, W), RGB in [0, 1], as mmdet's test pipeline shows them to the detector.
 
     8 bits; bilinear, without antialias, to a long side of at most `long` and a short side of at most `short`; 8 bits
-    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; the grey of 128 of 255 right and below,
-    to multiples of `divisor`; ImageNet's mean and deviation. Returns pixels (B, 3, H', W') and the size (h, w) inside
-    the padding. Source: mmdet 2.27's mask2former_r50_lsj_8x2_50e_coco.py; its panoptic sibling pads with zeros instead.
+    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; 128 of 255 right and below, to
+    multiples of `divisor`; ImageNet's mean and deviation. Returns pixels (B, 3, H', W') and the size (h, w) inside the
+    padding. Source: mmdet 2.27's mask2former_r50_lsj_8x2_50e_coco.py; its panoptic sibling pads with zeros, at the end.
 
     Channels are in the order red, green, blue, which the networks were trained with. The reward servers of Flow-GRPO
     and DGPO hand RGB to a function that takes BGR: their detector sees red and blue exchanged. That is not copied.
