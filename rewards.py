@@ -2285,12 +2285,13 @@ def judge_setting(name, key, default=None):
     return type(default)(float(value))
 
 
-def judge(name, question, read, form="PNG", size=None, prefill="", **options):
+def judge(name, question, read, template, form="PNG", size=None, prefill="", **options):
     """A function ask(images (B, 3, H, W), prompts, metas) -> B answers, None where none came that can be read.
 
     question(prompt, meta): the text that goes with the image; ValueError for a meta that will not do. read(choice,
     meta): the answer in a server's choice, ValueError or LookupError if it is not in there. form, size: the picture's,
     PNG or JPEG, its own size or resized to (W, H). prefill: how the answer begins; options: fields of the request.
+    template: what question and read are made of, for JSON; ask.sha256 is that of it and of all of these.
     The first question is at temperature 0; it is asked again at 0.5, for at 0 the same answer would come back.
     After each call ask.unparsed is the share of the images whose answers could not be read, ask.unanswered of those
     that got none in time, ask.answers the answers. An image that is not finite is not asked about: None.
@@ -2350,6 +2351,7 @@ def judge(name, question, read, form="PNG", size=None, prefill="", **options):
                        file=sys.stderr)
         return ask.answers
     ask.unparsed, ask.unanswered, ask.answers, ask.engine = 0., 0., [], model
+    ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, options]).encode()).hexdigest()
     return ask
 
 
@@ -2362,7 +2364,8 @@ def judged(name, make_judge, score):
             answers = ask(images, prompts, metas)
             reward.unparsed, reward.unanswered, reward.answers = ask.unparsed, ask.unanswered, answers
             return torch.tensor([math.nan if a is None else score(a) for a in answers], device=images.device)
-        reward.unparsed, reward.unanswered, reward.answers, reward.engine = 0., 0., [], ask.engine
+        reward.unparsed, reward.unanswered, reward.answers = 0., 0., []
+        reward.engine, reward.sha256 = ask.engine, ask.sha256
         return reward
     return make
 
@@ -2437,7 +2440,7 @@ def judge_number(name):
             raise ValueError(f"out of range: {numbers}")
         return sum(w * number for w, number in zip(weights, numbers)) / template["high"]
     size = template.get("size")
-    return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read,
+    return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read, [template, weights],
                  size=(size, size) if size else None, max_tokens=template["max_tokens"])
 
 
@@ -2463,7 +2466,8 @@ def read_levels(choice, meta=None):
 
 
 def judge_deqa(name):
-    return judge(name, lambda prompt, meta: "How would you rate the quality of this image?", read_levels,
+    question = "How would you rate the quality of this image?"
+    return judge(name, lambda prompt, meta: question, read_levels, [question, LEVELS],
                  prefill="The quality of the image is", max_tokens=1, logprobs=True, top_logprobs=20)
 
 
@@ -2548,7 +2552,8 @@ def read_points(choice, meta):
 
 
 def judge_unigenbench(name):
-    return judge(name, unigenbench_question, read_points, form="JPEG", max_tokens=4096)
+    every = unigenbench_question("{prompt}", {"testpoints": list(POINTS), "descriptions": list(POINTS)})
+    return judge(name, unigenbench_question, read_points, every, form="JPEG", max_tokens=4096)
 
 
 def unigenbench_summary(rows):
@@ -2662,8 +2667,10 @@ def bench_protocol(args, metas, score, script, cfg, pipe):
     """All that the figures of a benchmark depend on, a dict for JSON."""
     def used(name, reward):
         file, nets = pathlib.Path(name.rpartition(":")[0]), getattr(reward, "nets", ())    # file.py:function, or a name
-        return {"engine": getattr(reward, "engine", None), "sha256": digest(*nets) if nets else
-                hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None}
+        sha256 = getattr(reward, "sha256", None)                       # a judge's: of its question; engine: its model
+        if nets or file.is_file():
+            sha256 = digest(*nets) if nets else hashlib.sha256(file.read_bytes()).hexdigest()
+        return {"engine": getattr(reward, "engine", None), "sha256": sha256}
     sampler = {"solver": script.default_sampler(cfg)} if pipe.family == "uvit" else {
         "solver": pipe.solver(cfg.solver), "times": pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution)}
     sampler |= {"distilled_guidance": pipe.guidance} if pipe.family == "flux" else {}

@@ -204,7 +204,8 @@ def test_unigenbench_of_a_model(server, random_model, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["all"] == {"images": 4, "unigenbench": .5, "failed": 2}
     assert (result["unigenbench"]["Style"], result["unigenbench"]["Attribute"]) == (1., 0.)
-    assert result["protocol"]["rewards"]["unigenbench"] == {"engine": "vlm", "sha256": None}
+    want = {"engine": "vlm", "sha256": rewards.load("unigenbench").rewards["unigenbench"].sha256}
+    assert result["protocol"]["rewards"]["unigenbench"] == want
     assert "Style                          1.0000" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [row["answers"]["unigenbench"] for row in rows] == [[1, 0], [1, 0], None, None]
@@ -356,3 +357,22 @@ def test_settings(server, monkeypatch, capsys):
             with pytest.raises(ValueError, match="set JUDGE_SERVER=.* and JUDGE_MODEL=.*DEQA_SERVER") as error:
                 rewards.load("deqa")
             assert "\n" not in str(error.value)
+
+
+def test_the_protocol_names_the_judge_and_what_it_is_asked(server, random_model, tmp_path, monkeypatch, capsys):
+    """Another template, another model or another judge is another protocol, and its figures want another folder."""
+    server.answer = lambda body, image, n: (200, "Score: 4")
+    line = ["bench", "--model", str(random_model), "--benchmark", "shapes", "--draw", "2", "--eval-steps", "1",
+            "--reward", "vlm", "--out", str(tmp_path / "out")]
+    rewards.main(line)
+    first = json.loads((tmp_path / "out" / "protocol.json").read_text())["rewards"]["vlm"]
+    assert first["engine"] == rewards.judge_setting("vlm", "MODEL") and len(first["sha256"]) == 64
+    assert len({rewards.load(name).rewards[name].sha256 for name in (*rewards.NUMBER, "deqa", "unigenbench")}) == 5
+    template = tmp_path / "template.json"
+    template.write_text('{"question": "Is it good? {prompt}"}')
+    for key, value in (("VLM_TEMPLATE", str(template)), ("VLM_MODEL", "another")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setenv(key, value)
+            rewards.main(line)
+        assert "holds figures with rewards=" in capsys.readouterr().err
+    rewards.main(line)                                                 # the same again
