@@ -1322,6 +1322,26 @@ def exit_codes():
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
 
 
+def join(device=None, alone=False):
+    """This process's rank, how many there are, and its device; several, by torchrun, become a process group.
+
+    device: cpu, cuda, or cuda:N for one process; None: a GPU if there is one. alone: a group of one process, too.
+    Raises ValueError if there is no GPU for this process.
+    """
+    env = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | os.environ
+    rank, world, local = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU of its own: try torchrun --nproc_per_node "
+                             f"{torch.cuda.device_count()}")
+        device = torch.device("cuda", local if device.index is None or world > 1 else device.index)
+        torch.cuda.set_device(device)
+    if (world > 1 or alone) and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    return rank, world, device
+
+
 class Run:
     """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
 
@@ -1331,16 +1351,7 @@ class Run:
     """
 
     def __init__(self, cfg, method):
-        self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda and local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU of its own: try torchrun --nproc_per_node "
-                             f"{torch.cuda.device_count()}")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
         self.stopping, self.constant, self.norms = False, False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)

@@ -50,6 +50,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import nn
@@ -2717,7 +2718,9 @@ def bench(args):
     args.out: protocol.json; images/ in GenEval's layout, with a prompts.jsonl for `score_folder`; scores.jsonl and
     .csv, a row an image; result.json, the figures and their protocol; sheet.png. A run that was stopped goes on after
     its last whole batch. Image j, of prompt j // per_prompt, has the noise ("eval", seed + j), as in training's
-    evaluation. What is scored is what the files hold, colours in steps of 1/255.
+    evaluation. What is scored is what the files hold, colours in steps of 1/255. Under torchrun the processes share out
+    the batches and write their pictures, the first writes all else: any number of them, with one disk, makes the same
+    folder, and may go on where another number stopped.
     Raises ValueError or OSError, in one line, for what cannot be read or measured.
     """
     spec, per_prompt, names, source = BENCHMARKS.get(args.benchmark, (args.benchmark, 1, "", ""))
@@ -2731,6 +2734,7 @@ def bench(args):
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
     data.check_device("device", args.device)
     data.check_device("reward_device", args.reward_device)
+    rank, world, args.device = data.join(args.device)
     args.per_prompt = args.per_prompt or per_prompt
     metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
     metas = data.draw_prompts(metas, draw, "test") if draw else metas
@@ -2740,40 +2744,60 @@ def bench(args):
     script, cfg, pipe = bench_model(args)
     protocol = bench_protocol(args, metas, score, script, cfg, pipe)
     out = pathlib.Path(args.out or f"runs/bench-{pathlib.Path(args.benchmark).stem}-{pathlib.Path(args.model).name}")
-    rows = bench_begin(out, protocol)
-    stamp = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16]
+    box = [bench_begin(out, protocol) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    stamp, [rows] = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16], box
     asked = [meta for meta in metas for _ in range(args.per_prompt)]
     files = [f"{j // args.per_prompt:05}/samples/{j % args.per_prompt:04}.png" for j in range(len(asked))]
-    (out / "images").mkdir(exist_ok=True)
-    data.write_atomic(out / "images" / "prompts.jsonl",
-                      json_lines({**meta, "file": file} for meta, file in zip(asked, files)))
-    tqdm.write(f"{args.model}: {len(metas)} prompts x {args.per_prompt}, {cfg.eval_steps} steps of "
-               f"{protocol['solver']}, guidance {cfg.cfg_eval:g}, {protocol['resolution']} px, weights "
-               f"{protocol['weights_sha256'][:16]}, out: {out}" + f", {len(rows)} images are there" * bool(rows))
+    if rank == 0:
+        (out / "images").mkdir(exist_ok=True)
+        data.write_atomic(out / "images" / "prompts.jsonl",
+                          json_lines({**meta, "file": file} for meta, file in zip(asked, files)))
+        tqdm.write(f"{args.model}: {len(metas)} prompts x {args.per_prompt}, {cfg.eval_steps} steps of "
+                   f"{protocol['solver']}, guidance {cfg.cfg_eval:g}, {protocol['resolution']} px, weights "
+                   f"{protocol['weights_sha256'][:16]}, out: {out}" + f", {len(rows)} images are there" * bool(rows))
     if len(rows) < len(asked):
-        pipe.prepare(["", *(meta["prompt"] for meta in metas)], cfg.text_cache)
-    with open(out / "scores.jsonl", "ab") as f, tqdm(total=len(asked), initial=len(rows), unit="image",
-                                                     disable=not sys.stderr.isatty()) as bar:
-        while len(rows) < len(asked):
-            some = slice(len(rows), len(rows) + cfg.micro_batch)
-            prompts, seeds = [meta["prompt"] for meta in asked[some]], range(args.seed, args.seed + len(asked))[some]
-            images = script.sample(pipe, prompts, [("eval", seed) for seed in seeds], cfg, cfg.cfg_eval)
-            images = (images.float().clamp(0, 1) * 255).round() / 255
-            for j, image in enumerate(images, some.start):
-                write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
-            data.scored(",".join(score.weights), score, images, prompts, asked[some])
-            answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
-            new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
-                   for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
-            for i, row in enumerate(new):
-                row |= {name: v if math.isfinite(v := values[i].item()) else None
-                        for name, values in score.values.items()}                          # JSON has no NaN
-                row["answers"] = {name: some[i] for name, some in answers.items()}
-            f.write(json_lines(new))
-            f.flush()
-            rows += new
+        pipe.prepare(["", *(meta["prompt"] for meta in metas)], cfg.text_cache, rank, world)
+        if world > 1:
+            dist.barrier()
+
+    def batch(some):
+        """Sample, write and score images some.start to some.stop: their rows of scores.jsonl."""
+        prompts, seeds = [meta["prompt"] for meta in asked[some]], range(args.seed, args.seed + len(asked))[some]
+        if not prompts:                                                # at the end, not every process has a batch
+            return []
+        images = script.sample(pipe, prompts, [("eval", seed) for seed in seeds], cfg, cfg.cfg_eval)
+        images = (images.float().clamp(0, 1) * 255).round() / 255
+        for j, image in enumerate(images, some.start):
+            write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
+        data.scored(",".join(score.weights), score, images, prompts, asked[some])
+        answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
+        new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
+               for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
+        for i, row in enumerate(new):
+            row |= {name: v if math.isfinite(v := values[i].item()) else None
+                    for name, values in score.values.items()}                              # JSON has no NaN
+            row["answers"] = {name: some[i] for name, some in answers.items()}
+        return new
+
+    with tqdm(total=len(asked), initial=len(rows), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        while len(rows) < len(asked):                                  # a batch for each process
+            first = len(rows) + rank * cfg.micro_batch
+            parts = [batch(slice(first, first + cfg.micro_batch))]
+            if world > 1:
+                own, parts = parts[0], [None] * world
+                dist.all_gather_object(parts, own)
+            rows += (new := sum(parts, []))
+            if rank == 0:
+                with open(out / "scores.jsonl", "ab") as f:
+                    f.write(json_lines(new))
             bar.update(len(new))
-    bench_report(args, protocol, asked, rows, out)
+    if rank == 0:
+        bench_report(args, protocol, asked, rows, out)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def bench_report(args, protocol, asked, rows, out):

@@ -1,8 +1,11 @@
 """python rewards.py bench: what it samples and scores, where it goes on, what its folder says, and what it refuses."""
 import csv
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +151,27 @@ def test_it_goes_on_where_it_was(tmp_path, model, watched, capsys):
     scores = json.loads(text)["scores"]
     assert scores["all"]["failed"] == sum(failed) and scores["position"] == {"images": 2, watched: None, "failed": 2}
     assert "NaN" not in text and ["position", "2", "-", "2"] in map(str.split, rewards.table(scores, "").splitlines())
+
+
+def test_two_processes_make_the_same_folder(tmp_path, model):
+    """Three batches on one process and on two; then two go on behind the first batch, and behind half of a row more."""
+    def run(out, processes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        line = [*model, "--reward", "shapes-soft", "--micro-batch", 4, "--eval-steps", 2, "--out", out, "--device",
+                "cpu"]
+        done = subprocess.run([sys.executable, *launcher, rewards.__file__, "bench", *map(str, line)], text=True,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    said = [run(tmp_path / str(n), n) for n in (1, 2)]
+    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert one == two and one["scores.jsonl"].count(b"\n") == 10
+    assert [out.replace(str(tmp_path / "2"), str(tmp_path / "1")) for out in said] == [said[0]] * 2        # said once
+    lines = one["scores.jsonl"].splitlines(keepends=True)
+    for name in ("result.json", "scores.csv", "sheet.png", "images/00004/samples/0001.png"):
+        (tmp_path / "2" / name).unlink()
+    (tmp_path / "2" / "scores.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:30])
+    assert "4 images are there" in run(tmp_path / "2", 2) and contents(tmp_path / "2") == one
 
 
 def test_one_folder_holds_one_protocol(tmp_path, model, capsys):
