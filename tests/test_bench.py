@@ -253,3 +253,31 @@ def test_a_u_vit(tmp_path, lam):
     want = proxt2i.sample(pipe, [row["prompt"] for row in rows], [("eval", j) for j in range(3)], cfg, 1.)
     assert torch.equal(images, rounded(want))
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["solver"] == sampler
+
+
+def test_rewards_are_timed():
+    """Of random small networks, and of the verifier; a reward whose files are missing is said and has no time."""
+    root, names = pathlib.Path(rewards.__file__).parent, ("shapes", "hpsv2", "aesthetic", "tiny-clip", "imagereward")
+    code = f"""import json, sys
+sys.path[:0] = ["{root}/csrc", "{root}"]
+import bench
+make = bench.random_rewards
+
+def refuse(weights, device):
+    raise ValueError("no weights for it")
+
+def few(*args):
+    module = make(*args)
+    module.REWARDS = {{name: module.REWARDS[name] for name in {names}}} | {{"ocr": refuse}}
+    return module
+bench.random_rewards = few
+print(json.dumps(bench.score("cpu", True, 2, 0)))"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, last = done.stdout.splitlines()
+    rows = json.loads(last)
+    both = [[name, dtype] for name in names[1:] for dtype in ("float32", "bfloat16")]
+    assert [row[:2] for row in rows] == [["shapes", "float32"], *both, ["ocr", "float32"]]
+    assert all(ms > 0 for *_, ms in rows[:-1]) and rows[-1][2] is None
+    assert len(said) == 3 + len(rows) and "small random networks" in said[1] and "no weights for it" in said[-1]
