@@ -1256,6 +1256,7 @@ def check_common(cfg):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     check_device("reward_device", cfg.reward_device)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
+    choose("reward_dtype", cfg.reward_dtype, ("float32", "bfloat16"))
     choose("init", cfg.init, ("", "random"))
     if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
         raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
@@ -1323,6 +1324,26 @@ def exit_codes():
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
 
 
+def join(device=None, alone=False):
+    """This process's rank, how many there are, and its device; several, by torchrun, become a process group.
+
+    device: cpu, cuda, or cuda:N for one process; None: a GPU if there is one. alone: a group of one process, too.
+    Raises ValueError if there is no GPU for this process.
+    """
+    env = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | os.environ
+    rank, world, local = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU of its own: try torchrun --nproc_per_node "
+                             f"{torch.cuda.device_count()}")
+        device = torch.device("cuda", local if device.index is None or world > 1 else device.index)
+        torch.cuda.set_device(device)
+    if (world > 1 or alone) and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    return rank, world, device
+
+
 class Run:
     """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
 
@@ -1332,16 +1353,7 @@ class Run:
     """
 
     def __init__(self, cfg, method):
-        self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda and local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU of its own: try torchrun --nproc_per_node "
-                             f"{torch.cuda.device_count()}")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if (self.world > 1 or cfg.fsdp) and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
         self.stopping, self.constant, self.norms = False, False, []
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
@@ -1388,7 +1400,7 @@ class Run:
                 before = json.loads((out / "config.json").read_bytes())
             except ValueError:
                 raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
-            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every")
+            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap")
             for key, value in settings.items():
                 if key not in free and before.get(key) != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
@@ -1701,37 +1713,78 @@ def masked(name, reward):
     return reward
 
 
-def masked_reward(run, score, images, prompts, metas):
-    """Score this process's images and gather: (B,) float32 on the CPU, all processes', NaN where the reward failed.
+class Scoring:
+    """The rewards of a rollout, chunk by chunk: a thread scores one while the next is sampled, or --no-overlap.
 
-    Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of the batch.
+    add(images, prompts, metas) for each chunk, whole groups, then result() and terms(), and so on for the next rollout.
+    Both ways score the same chunks in the same order, so the numbers are the same, bit for bit. On a CPU the thread
+    helps as PyTorch and a judge's sockets let go of Python's lock; on a GPU it has a stream of its own.
     """
-    reward = scored(run.cfg.reward, score, images, prompts, metas)
-    reward = masked(run.cfg.reward, run.gather(reward.to(run.device)).cpu())
-    valid = reward[~reward.isnan()]
-    if not run.constant and valid.min() == valid.max():
-        run.constant = True
-        run.say(f"the reward {run.cfg.reward} is {valid[0]:g} for every image of a rollout: all advantages are 0, "
-                f"nothing is learned from it (said once)")
-    return reward
 
+    def __init__(self, run, score):
+        self.run, self.score, self.chunks, self.parts, self.values, self.unparsed = run, score, [], [], {}, {}
+        self.thread = ThreadPoolExecutor(1, "reward") if run.cfg.overlap else None
+        self.stream = torch.cuda.Stream(run.device) if run.cfg.overlap and run.device.type == "cuda" else None
 
-def reward_terms(run, score):
-    """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last rollout; of a
-    judge also `unparsed`, the share of images whose answers could not be read.
+    def add(self, images, prompts, metas):
+        """images: (b, 3, H, W) in [0, 1]. Raises ValueError if the reward has failed by now, as `scored` does."""
+        self.chunks.append(images)                                    # kept: no other stream may take its memory yet
+        made = torch.cuda.current_stream(self.run.device).record_event() if self.stream else None
+        if not self.thread:
+            self.parts.append(self._score(images, prompts, metas, made))
+            return
+        for part in self.parts:
+            if part.done():
+                part.result()
+        self.parts.append(self.thread.submit(self._score, images, prompts, metas, made))
 
-    Over all processes' images, failed ones left out; std: population. {} for a score of another make.
-    """
-    rows = {}
-    for name, values in getattr(score, "values", {}).items():
-        values = run.gather(values.to(run.device)).double()
-        values = values[values.isfinite()]
-        rows[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(),
-                      "weight": score.weights[name]}
-        unread = getattr(score.rewards[name], "unparsed", None)
-        if unread is not None:
-            rows[name]["unparsed"] = run.gather(torch.tensor([unread], device=run.device)).mean().item()
-    return rows
+    def _score(self, images, prompts, metas, made):
+        """A chunk's rewards (b,), {name: raw rewards (b,)} and {judge: unparsed}, on the CPU: the stream has ended."""
+        with torch.cuda.stream(self.stream):                           # None: the one that is
+            if made:
+                self.stream.wait_event(made)
+            reward = scored(self.run.cfg.reward, self.score, images, prompts, metas).cpu()
+            values = {name: value.cpu() for name, value in getattr(self.score, "values", {}).items()}
+        unparsed = {name: one.unparsed for name, one in getattr(self.score, "rewards", {}).items()
+                    if hasattr(one, "unparsed")}
+        return reward, values, unparsed
+
+    def result(self):
+        """This process's images (B, 3, H, W), and all processes' rewards, float32 on the CPU, NaN where one failed.
+
+        Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of all images.
+        """
+        run, images = self.run, torch.cat(self.chunks)
+        parts = [part.result() if self.thread else part for part in self.parts]
+        reward, values, unparsed = zip(*parts)
+        self.values = {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        self.unparsed = {name: sum(share[name] * len(x) for share, x in zip(unparsed, self.chunks)) / len(images)
+                         for name in unparsed[0]}
+        self.chunks, self.parts = [], []
+        reward = masked(run.cfg.reward, run.gather(torch.cat(reward).to(run.device)).cpu())
+        valid = reward[~reward.isnan()]
+        if not run.constant and valid.min() == valid.max():
+            run.constant = True
+            run.say(f"the reward {run.cfg.reward} is {valid[0]:g} for every image of a rollout: all advantages are 0, "
+                    f"nothing is learned from it (said once)")
+        return images, reward
+
+    def terms(self):
+        """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last result; of
+        a judge also `unparsed`, the share of images whose answers could not be read.
+
+        Over all processes' images, failed ones left out; std: population. {} for a score of another make.
+        """
+        run, rows = self.run, {}
+        for name, values in self.values.items():
+            values = run.gather(values.to(run.device)).double()
+            values = values[values.isfinite()]
+            rows[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(),
+                          "weight": self.score.weights[name]}
+            if name in self.unparsed:
+                share = torch.tensor([self.unparsed[name]], device=run.device)
+                rows[name]["unparsed"] = run.gather(share).mean().item()
+        return rows
 
 
 def verdict(cfg, rows, values):

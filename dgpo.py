@@ -44,6 +44,8 @@ class Config:
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
@@ -456,7 +458,8 @@ def train(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device)
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
@@ -494,12 +497,15 @@ def train(cfg):
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
             old = [p.detach().clone() for p in old or params]
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
+        x_0 = []
         with models.using(params, old):
-            x_0 = torch.cat([rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
-                                     run.rank * mine + s.start // cfg.group_size) for s in chunks])     # (B, C, H, W)
+            for s in chunks:                                           # one is scored while the next is sampled
+                x_0.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
+                                   run.rank * mine + s.start // cfg.group_size))
+                scoring.add(pipe.decode(x_0[-1]), prompts[s], metas[s])
+        x_0 = torch.cat(x_0)                                           # (B, C, H, W)
         # 2. Reward
-        images = torch.cat([pipe.decode(x_0[s]) for s in chunks])
-        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
         adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
@@ -579,7 +585,7 @@ def train(cfg):
         loss, kl, dsm, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "hold": hold, "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size), "rewards": data.reward_terms(run, score)}
+               "stats": data.image_stats(images, cfg.group_size), "rewards": scoring.terms()}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= validate(pipe, val, judges, cfg, run)

@@ -40,6 +40,8 @@ class Config:
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
@@ -408,7 +410,8 @@ def train(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device)
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
@@ -453,17 +456,19 @@ def train(cfg):
         first = int(place) if cfg.window else 0                        # not on the last step, see below
         window = range(first, first + (cfg.window or cfg.sample_steps))
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
-        parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
-                         run.rank * mine + s.start // cfg.group_size) for s in chunks]
+        parts = []
+        for s in chunks:                                               # one is scored while the next is sampled
+            parts.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
+                                 run.rank * mine + s.start // cfg.group_size))
+            scoring.add(pipe.decode(parts[-1][2]), prompts[s], metas[s])
         x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
         logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
         # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): as released, not trained.
         trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
-        # 2. Reward
-        images = torch.cat([pipe.decode(part[2]) for part in parts])
         del parts                                                      # their trajectories live on in x alone
-        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        # 2. Reward
+        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
         spread = data.advantage_stats(reward, adv, cfg.group_size)
@@ -510,7 +515,7 @@ def train(cfg):
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": data.image_stats(images, cfg.group_size),
-               "rewards": data.reward_terms(run, score), "advantage": spread}
+               "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= validate(pipe, val, judges, cfg, run)

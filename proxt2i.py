@@ -58,6 +58,8 @@ class Config:
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
@@ -644,7 +646,8 @@ def train_rl(cfg):
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
-    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device)
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
@@ -681,16 +684,18 @@ def train_rl(cfg):
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D)
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
-        parts = [rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
-                         run.rank * mine + s.start // cfg.group_size) for s in chunks]
+        parts = []
+        for s in chunks:                                               # one is scored while the next is sampled
+            parts.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
+                                 run.rank * mine + s.start // cfg.group_size))
+            scoring.add(pipe.decode(parts[-1][0][-1]), prompts[s], metas[s])
         states = torch.cat([part[0] for part in parts], 1)             # (n + 1, B, C, H, W)
         logp_old = {k: torch.cat([part[1][k] for part in parts]) for k in parts[0][1]}     # {k: (B,)}
         choice = data.uniform(n + 1, cfg.seed, step, "steps")
         last = [k for k in logp_old if k <= 1 + (cfg.train_last or n)]  # k = 1, the image's own, has no log-prob
         trained = sorted(sorted(last, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
-        images = torch.cat([pipe.decode(states[-1, s]) for s in chunks])
-        reward = data.masked_reward(run, score, images, prompts, metas)                    # (all B,)
+        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
@@ -748,7 +753,7 @@ def train_rl(cfg):
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": data.image_stats(images, cfg.group_size),
-               "rewards": data.reward_terms(run, score)}
+               "rewards": scoring.terms()}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= validate(pipe, val, judges, cfg, run)

@@ -25,6 +25,7 @@ makes one from a name, a weighted sum of names, or a function of yours.
 import argparse
 import ast
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -49,6 +50,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import nn
@@ -61,15 +63,19 @@ import models
 # Loading
 # =====================================================================================================================
 
-def load(spec, weights=None, device="cpu"):
+def load(spec, weights=None, device="cpu", dtype="float32"):
     """Make `score(images, prompts, meta) -> (B,) float32` from a name, a weighted sum, or a function in a file.
 
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     device: where the images go to be scored; the scores come back to where the images were.
+    dtype: float32, or bfloat16 for the matrix products of the CLIP rewards and imagereward; all else, features, cosines
+    and the last layers' sums, is float32, and so are rewards with thresholds: geneval, ocr, shapes.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
-    trainer masks it. score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
+    trainer masks it. The trainer hands over a rollout in chunks, whole groups, from a thread beside the next one's
+    rollout (--no-overlap: from the main thread): an image's reward may depend on its group, on no other image.
+    score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
     score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
     looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.
     """
@@ -81,11 +87,15 @@ def load(spec, weights=None, device="cpu"):
         if not _is_number(factor):
             raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
         terms.append((name, float(factor), _load_one(name, weights, device)))
+    rounded = [name for name, _, reward in terms if dtype == "bfloat16" and hasattr(reward, "may_round")]
+    if dtype == "bfloat16" and not rounded:
+        raise ValueError(f"the reward {spec!r} is computed in float32: bfloat16 is for CLIP's and for imagereward")
 
     def score(images, prompts, meta):
         total, seen = torch.zeros(len(images), device=images.device), images.to(device)
         for name, factor, reward in terms:
-            values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
+            with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
+                values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
@@ -591,7 +601,8 @@ def ocr_score(text, target):
 # CLIP: PickScore, HPSv2, CLIP scores, aesthetics
 # =====================================================================================================================
 # One network serves them all; they differ in weights, in how an image is made small, and in the scale of the cosine.
-# Everything runs in float32.
+# Everything runs in float32, as in Flow-GRPO's and DGPO's code, unless load is told bfloat16: HPSv2's own code and
+# DanceGRPO's have autocast, to float16. A cosine keeps its float32 then, for bf16 has steps of .002 at .3.
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -649,10 +660,10 @@ class CLIP(models.CLIPText):
         x = body.pre_layrnorm(x + body.embeddings.position_embedding.weight)
         for layer in body.encoder["layers"]:
             x = layer(x)
-        return F.normalize(self.visual_projection(body.post_layernorm(x[:, 0])), dim=1)    # (B, P)
+        return F.normalize(self.visual_projection(body.post_layernorm(x[:, 0])).float(), dim=1)        # (B, P)
 
     def text(self, ids):
-        return F.normalize(super().forward(ids)[1], dim=1)                                 # (B, P)
+        return F.normalize(super().forward(ids)[1].float(), dim=1)                         # (B, P)
 
     def forward(self, pixels, ids):
         """The cosine (B,) of each image with its own text."""
@@ -782,7 +793,8 @@ class Affine(nn.Module):
                                     nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
     def forward(self, x):
-        return self.layers(x)[:, 0]
+        with torch.autocast(x.device.type, enabled=False):             # the score itself: not one of bf16's 8 bits
+            return self.layers(x.float())[:, 0]
 
 
 # Where the weights are: directory -> its files and the commands that bring them. {} is the directory.
@@ -844,7 +856,7 @@ def in_batches(score, *nets, n=64):
         parts = [score(x, list(prompts[i * n:(i + 1) * n])) for i, x in enumerate(images.nan_to_num(0).split(n))]
         values = torch.cat(parts).to(images.device)
         return values.masked_fill(~finite, math.nan)
-    reward.nets = nets
+    reward.nets, reward.may_round = nets, True
     return reward
 
 
@@ -1396,8 +1408,9 @@ class Mask2Former(nn.Module):
         return self.class_predictor(state), masks
 
 
-# mmdet's names -> transformers', one rule after the other. Made by reading mmdet 2.x, whose checkpoint is GenEval's own
-# detector, and tested on names that were made up from the same reading: no such file has been loaded here.
+# mmdet's names -> transformers', one rule after the other. Checked against mmdet 2.27.0, GenEval's version, and 2.28.2:
+# the network that it builds for this detector, with random weights, loads strictly, and on 160 x 224 random pixels its
+# class logits and masks are ours within 6.2e-6 and 7.6e-6. The public file itself was not at hand.
 _SWIN, _PIXELS, _QUERIES = ("model.pixel_level_module.encoder.", "model.pixel_level_module.decoder.",
                             "model.transformer_module.")
 MMDET = (
@@ -1448,8 +1461,9 @@ def detector_pixels(images, long=1333, short=800, divisor=32):
     """Images (B, 3, H, W), RGB in [0, 1], as mmdet's test pipeline shows them to the detector.
 
     8 bits; bilinear, without antialias, to a long side of at most `long` and a short side of at most `short`; 8 bits
-    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; ImageNet's mean and deviation; zeros
-    right and below, to multiples of `divisor`. Returns pixels (B, 3, H', W') and the size (h, w) inside the padding.
+    again, as OpenCV does it, whose fixed-point sums may be one of 255 steps off; 128 of 255 right and below, to
+    multiples of `divisor`; ImageNet's mean and deviation. Returns pixels (B, 3, H', W') and the size (h, w) inside the
+    padding. Source: mmdet 2.27's mask2former_r50_lsj_8x2_50e_coco.py; its panoptic sibling pads with zeros, at the end.
 
     Channels are in the order red, green, blue, which the networks were trained with. The reward servers of Flow-GRPO
     and DGPO hand RGB to a function that takes BGR: their detector sees red and blue exchanged. That is not copied.
@@ -1460,7 +1474,7 @@ def detector_pixels(images, long=1333, short=800, divisor=32):
     x = F.interpolate((images.float() * 255).round().clamp(0, 255), (h, w), mode="bilinear").round()
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((123.675, 116.28, 103.53),
                                                                             (58.395, 57.12, 57.375)))
-    return F.pad((x - mean) / std, (0, -w % divisor, 0, -h % divisor)), (h, w)
+    return (F.pad(x, (0, -w % divisor, 0, -h % divisor), value=128) - mean) / std, (h, w)
 
 
 def instances(logits, masks, padded, inner, size, least=0., most=100):
@@ -2272,12 +2286,13 @@ def judge_setting(name, key, default=None):
     return type(default)(float(value))
 
 
-def judge(name, question, read, form="PNG", size=None, prefill="", **options):
+def judge(name, question, read, template, form="PNG", size=None, prefill="", **options):
     """A function ask(images (B, 3, H, W), prompts, metas) -> B answers, None where none came that can be read.
 
     question(prompt, meta): the text that goes with the image; ValueError for a meta that will not do. read(choice,
     meta): the answer in a server's choice, ValueError or LookupError if it is not in there. form, size: the picture's,
     PNG or JPEG, its own size or resized to (W, H). prefill: how the answer begins; options: fields of the request.
+    template: what question and read are made of, for JSON; ask.sha256 is that of it and of all of these.
     The first question is at temperature 0; it is asked again at 0.5, for at 0 the same answer would come back.
     After each call ask.unparsed is the share of the images whose answers could not be read, ask.unanswered of those
     that got none in time, ask.answers the answers. An image that is not finite is not asked about: None.
@@ -2337,6 +2352,7 @@ def judge(name, question, read, form="PNG", size=None, prefill="", **options):
                        file=sys.stderr)
         return ask.answers
     ask.unparsed, ask.unanswered, ask.answers, ask.engine = 0., 0., [], model
+    ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, options]).encode()).hexdigest()
     return ask
 
 
@@ -2349,7 +2365,8 @@ def judged(name, make_judge, score):
             answers = ask(images, prompts, metas)
             reward.unparsed, reward.unanswered, reward.answers = ask.unparsed, ask.unanswered, answers
             return torch.tensor([math.nan if a is None else score(a) for a in answers], device=images.device)
-        reward.unparsed, reward.unanswered, reward.answers, reward.engine = 0., 0., [], ask.engine
+        reward.unparsed, reward.unanswered, reward.answers = 0., 0., []
+        reward.engine, reward.sha256 = ask.engine, ask.sha256
         return reward
     return make
 
@@ -2424,7 +2441,7 @@ def judge_number(name):
             raise ValueError(f"out of range: {numbers}")
         return sum(w * number for w, number in zip(weights, numbers)) / template["high"]
     size = template.get("size")
-    return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read,
+    return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read, [template, weights],
                  size=(size, size) if size else None, max_tokens=template["max_tokens"])
 
 
@@ -2450,7 +2467,8 @@ def read_levels(choice, meta=None):
 
 
 def judge_deqa(name):
-    return judge(name, lambda prompt, meta: "How would you rate the quality of this image?", read_levels,
+    question = "How would you rate the quality of this image?"
+    return judge(name, lambda prompt, meta: question, read_levels, [question, LEVELS],
                  prefill="The quality of the image is", max_tokens=1, logprobs=True, top_logprobs=20)
 
 
@@ -2535,7 +2553,8 @@ def read_points(choice, meta):
 
 
 def judge_unigenbench(name):
-    return judge(name, unigenbench_question, read_points, form="JPEG", max_tokens=4096)
+    every = unigenbench_question("{prompt}", {"testpoints": list(POINTS), "descriptions": list(POINTS)})
+    return judge(name, unigenbench_question, read_points, every, form="JPEG", max_tokens=4096)
 
 
 def unigenbench_summary(rows):
@@ -2649,8 +2668,10 @@ def bench_protocol(args, metas, score, script, cfg, pipe):
     """All that the figures of a benchmark depend on, a dict for JSON."""
     def used(name, reward):
         file, nets = pathlib.Path(name.rpartition(":")[0]), getattr(reward, "nets", ())    # file.py:function, or a name
-        return {"engine": getattr(reward, "engine", None), "sha256": digest(*nets) if nets else
-                hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None}
+        sha256 = getattr(reward, "sha256", None)                       # a judge's: of its question; engine: its model
+        if nets or file.is_file():
+            sha256 = digest(*nets) if nets else hashlib.sha256(file.read_bytes()).hexdigest()
+        return {"engine": getattr(reward, "engine", None), "sha256": sha256}
     sampler = {"solver": script.default_sampler(cfg)} if pipe.family == "uvit" else {
         "solver": pipe.solver(cfg.solver), "times": pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution)}
     sampler |= {"distilled_guidance": pipe.guidance} if pipe.family == "flux" else {}
@@ -2697,7 +2718,9 @@ def bench(args):
     args.out: protocol.json; images/ in GenEval's layout, with a prompts.jsonl for `score_folder`; scores.jsonl and
     .csv, a row an image; result.json, the figures and their protocol; sheet.png. A run that was stopped goes on after
     its last whole batch. Image j, of prompt j // per_prompt, has the noise ("eval", seed + j), as in training's
-    evaluation. What is scored is what the files hold, colours in steps of 1/255.
+    evaluation. What is scored is what the files hold, colours in steps of 1/255. Under torchrun the processes share out
+    the batches and write their pictures, the first writes all else: any number of them, with one disk, makes the same
+    folder, and may go on where another number stopped.
     Raises ValueError or OSError, in one line, for what cannot be read or measured.
     """
     spec, per_prompt, names, source = BENCHMARKS.get(args.benchmark, (args.benchmark, 1, "", ""))
@@ -2711,6 +2734,7 @@ def bench(args):
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
     data.check_device("device", args.device)
     data.check_device("reward_device", args.reward_device)
+    rank, world, args.device = data.join(args.device)
     args.per_prompt = args.per_prompt or per_prompt
     metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
     metas = data.draw_prompts(metas, draw, "test") if draw else metas
@@ -2720,40 +2744,60 @@ def bench(args):
     script, cfg, pipe = bench_model(args)
     protocol = bench_protocol(args, metas, score, script, cfg, pipe)
     out = pathlib.Path(args.out or f"runs/bench-{pathlib.Path(args.benchmark).stem}-{pathlib.Path(args.model).name}")
-    rows = bench_begin(out, protocol)
-    stamp = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16]
+    box = [bench_begin(out, protocol) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    stamp, [rows] = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16], box
     asked = [meta for meta in metas for _ in range(args.per_prompt)]
     files = [f"{j // args.per_prompt:05}/samples/{j % args.per_prompt:04}.png" for j in range(len(asked))]
-    (out / "images").mkdir(exist_ok=True)
-    data.write_atomic(out / "images" / "prompts.jsonl",
-                      json_lines({**meta, "file": file} for meta, file in zip(asked, files)))
-    tqdm.write(f"{args.model}: {len(metas)} prompts x {args.per_prompt}, {cfg.eval_steps} steps of "
-               f"{protocol['solver']}, guidance {cfg.cfg_eval:g}, {protocol['resolution']} px, weights "
-               f"{protocol['weights_sha256'][:16]}, out: {out}" + f", {len(rows)} images are there" * bool(rows))
+    if rank == 0:
+        (out / "images").mkdir(exist_ok=True)
+        data.write_atomic(out / "images" / "prompts.jsonl",
+                          json_lines({**meta, "file": file} for meta, file in zip(asked, files)))
+        tqdm.write(f"{args.model}: {len(metas)} prompts x {args.per_prompt}, {cfg.eval_steps} steps of "
+                   f"{protocol['solver']}, guidance {cfg.cfg_eval:g}, {protocol['resolution']} px, weights "
+                   f"{protocol['weights_sha256'][:16]}, out: {out}" + f", {len(rows)} images are there" * bool(rows))
     if len(rows) < len(asked):
-        pipe.prepare(["", *(meta["prompt"] for meta in metas)], cfg.text_cache)
-    with open(out / "scores.jsonl", "ab") as f, tqdm(total=len(asked), initial=len(rows), unit="image",
-                                                     disable=not sys.stderr.isatty()) as bar:
-        while len(rows) < len(asked):
-            some = slice(len(rows), len(rows) + cfg.micro_batch)
-            prompts, seeds = [meta["prompt"] for meta in asked[some]], range(args.seed, args.seed + len(asked))[some]
-            images = script.sample(pipe, prompts, [("eval", seed) for seed in seeds], cfg, cfg.cfg_eval)
-            images = (images.float().clamp(0, 1) * 255).round() / 255
-            for j, image in enumerate(images, some.start):
-                write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
-            data.scored(",".join(score.weights), score, images, prompts, asked[some])
-            answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
-            new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
-                   for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
-            for i, row in enumerate(new):
-                row |= {name: v if math.isfinite(v := values[i].item()) else None
-                        for name, values in score.values.items()}                          # JSON has no NaN
-                row["answers"] = {name: some[i] for name, some in answers.items()}
-            f.write(json_lines(new))
-            f.flush()
-            rows += new
+        pipe.prepare(["", *(meta["prompt"] for meta in metas)], cfg.text_cache, rank, world)
+        if world > 1:
+            dist.barrier()
+
+    def batch(some):
+        """Sample, write and score images some.start to some.stop: their rows of scores.jsonl."""
+        prompts, seeds = [meta["prompt"] for meta in asked[some]], range(args.seed, args.seed + len(asked))[some]
+        if not prompts:                                                # at the end, not every process has a batch
+            return []
+        images = script.sample(pipe, prompts, [("eval", seed) for seed in seeds], cfg, cfg.cfg_eval)
+        images = (images.float().clamp(0, 1) * 255).round() / 255
+        for j, image in enumerate(images, some.start):
+            write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
+        data.scored(",".join(score.weights), score, images, prompts, asked[some])
+        answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
+        new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
+               for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
+        for i, row in enumerate(new):
+            row |= {name: v if math.isfinite(v := values[i].item()) else None
+                    for name, values in score.values.items()}                              # JSON has no NaN
+            row["answers"] = {name: some[i] for name, some in answers.items()}
+        return new
+
+    with tqdm(total=len(asked), initial=len(rows), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        while len(rows) < len(asked):                                  # a batch for each process
+            first = len(rows) + rank * cfg.micro_batch
+            parts = [batch(slice(first, first + cfg.micro_batch))]
+            if world > 1:
+                own, parts = parts[0], [None] * world
+                dist.all_gather_object(parts, own)
+            rows += (new := sum(parts, []))
+            if rank == 0:
+                with open(out / "scores.jsonl", "ab") as f:
+                    f.write(json_lines(new))
             bar.update(len(new))
-    bench_report(args, protocol, asked, rows, out)
+    if rank == 0:
+        bench_report(args, protocol, asked, rows, out)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def bench_report(args, protocol, asked, rows, out):

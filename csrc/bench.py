@@ -1,9 +1,10 @@
-"""Times the fused ops against their PyTorch twins and against this machine's copy bandwidth; and whole training steps.
+"""Times the fused ops against their PyTorch twins and this machine's copy bandwidth; whole training steps; rewards.
 
     python csrc/bench.py                # the twins and, once built, the compiled ops; CPU, and a GPU if there is one
     python csrc/bench.py --compile      # torch.compile of the twins as well
     python csrc/bench.py --quick        # one dtype, for a look
     python csrc/bench.py model          # a rollout with its update, full-size models with random weights, on a GPU
+    python csrc/bench.py rewards        # every reward: small random networks on the CPU, full-size ones on a GPU
 
 A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
 cache. GB/s counts the bytes that the op must move (each input read once, each output written once), whatever the
@@ -11,6 +12,8 @@ implementation does, and is set beside the best bandwidth seen in copying 64 MB 
 read plus bytes written. Allocating the outputs and autograd's own time are included.
 """
 import argparse
+import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,7 +23,9 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import ops
 
@@ -124,16 +129,141 @@ def model(runs=MODEL_RUNS, extra=()):
     return rows
 
 
+# The tests' small networks, by the names of rewards.py's classes' options.
+SMALL_CLIP = dict(
+    projection_dim=24, text_config=dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                                        num_attention_heads=2, vocab_size=4096),
+    vision_config=dict(hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=3, patch_size=8,
+                       image_size=32))
+SMALL_BLIP = dict(vocab=4096, dim=32, layers=2, heads=4, places=40, dim_image=48, layers_image=2, heads_image=3,
+                  patch=8, size=32)
+SMALL_DETECTOR = dict(
+    feature_size=64, mask_feature_size=32, hidden_dim=64, encoder_feedforward_dim=48, dim_feedforward=40,
+    encoder_layers=2, decoder_layers=5, num_attention_heads=4, num_queries=7,
+    backbone_config=dict(embed_dim=12, depths=[1, 2, 3, 1], num_heads=[1, 2, 3, 4], window_size=3))
+
+
+def random_rewards(folder, small):
+    """The module rewards, a copy whose networks have random weights, small or full-size, where it would read files.
+
+    OCR and tiny-clip keep their own. Random detectors find no object, so that no crop's colour is looked at.
+    """
+    root = pathlib.Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root))
+    spec = importlib.util.spec_from_file_location("rewards", root / "rewards.py")
+    rewards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rewards)
+    words = "a photo of red ring two blue squares cat".split()
+    rewards.models.train_tokenizer(words, folder, 77)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    read_clip, read_weights, weights_of = rewards.read_clip, rewards.read_weights, rewards.weights_of
+
+    def fill(net, file, device="cpu", *rest):                          # built without memory, as read_weights finds it
+        if file.parent != folder:                                      # OCR's
+            return read_weights(net, file, device, *rest)
+        for p in net.to_empty(device=device).parameters():
+            torch.nn.init.normal_(p, std=.02)
+        return net.eval().requires_grad_(False)
+
+    @functools.cache
+    def random_clip(directory, size, device):
+        if size is None:                                               # tiny-clip's
+            return read_clip(directory, size, device)
+        with torch.device("meta"):
+            net = rewards.CLIP(**SMALL_CLIP if small else rewards.CLIP_SIZES[size])
+        return fill(net, folder / "clip", device)
+
+    def random_detector(directory, device):
+        with torch.device("meta"):
+            net = rewards.Mask2Former(**SMALL_DETECTOR if small else {})
+        net.file = folder / rewards.MMDET_FILE
+        return fill(net, net.file, device)
+    rewards.read_clip, rewards.read_detector, rewards.read_weights = random_clip, random_detector, fill
+    rewards.weights_of = lambda name, weights=None: weights_of(name) if name == "tiny-clip" else folder
+    rewards.ImageReward = functools.partial(rewards.ImageReward, **SMALL_BLIP if small else {})
+    return rewards
+
+
+def score(device, small, images, seconds):
+    """Print each reward's ms for an image of 512 px, the tiny world's for 28. Returns rows (reward, dtype, ms or None).
+
+    images: how many a call; the time is the median of calls, 3 at least, made within about so many seconds.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        rewards = random_rewards(pathlib.Path(folder), small)
+        machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        print(f"\n{machine}, {torch.get_num_threads()} CPU threads, {'small' if small else 'full-size'} random "
+              f"networks (ocr, ocr-gold, tiny-clip: their own), {images} images a call\n{'reward':<18}{'dtype':>10}"
+              f"{'ms an image':>13}{'CPU ms':>9}{'images/s':>10}", flush=True)
+        world = rewards.data.draw_prompts(rewards.data.world_prompts("test"), images, "bench")
+        small_images = rewards.data.render(world, 0, 28).to(device)
+        g = torch.Generator().manual_seed(0)
+        large_images = torch.nn.functional.interpolate(torch.rand(images, 3, 9, 9, generator=g), 512, mode="bicubic")
+        large_images = sign(large_images.clamp(0, 1)).to(device)
+        meta = {"include": [{"class": "cat", "count": 1, "color": "red"}], "tag": "colors", "target": "HELLO WORLD"}
+        for name in rewards.REWARDS:
+            if name in ("deqa", "unigenbench", *rewards.NUMBER):       # a server's time is its own
+                continue
+            tiny = name.startswith(("shapes", "tiny-clip"))
+            for dtype in ("float32", "bfloat16"):
+                try:
+                    reward = rewards.load(name, None, device, dtype)
+                except ValueError as error:                            # a package that is not there; thresholds
+                    if dtype == "float32":
+                        print(f"{name:<18}{dtype:>10}  {error}", flush=True)
+                        rows.append((name, dtype, None))
+                    continue
+                metas = world if tiny else [meta] * images
+                args = small_images if tiny else large_images, ["a photo of a red cat"] * images, metas
+                ms, busy = (1e3 * t / images for t in call_time(lambda: reward(*args), device, seconds))
+                rows.append((name, dtype, ms))
+                print(f"{name:<18}{dtype:>10}{ms:>13.2f}{busy:>9.2f}{1e3 / ms:>10.1f}", flush=True)
+    return rows
+
+
+def sign(images):
+    """Images (B, 3, H, W) with two lines of black text on a white board, for OCR to read."""
+    picture = Image.new("L", images.shape[:1:-1], 0)
+    board = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(board).rectangle((60, 160, 452, 352), fill=255)
+    ImageDraw.Draw(picture).multiline_text((90, 180), "HELLO\nWORLD", fill=255, font=ImageFont.load_default(64))
+    board, picture = (torch.from_numpy(np.array(x)) / 255 for x in (board, picture))       # (H, W)
+    return torch.where(board > 0, 1 - picture, images)
+
+
+def call_time(f, device, seconds):
+    """The medians of f's seconds and of its CPU seconds, all threads', after one call that is not counted.
+
+    The second hardly minds what else the machine does; the first has the GPU's work in it.
+    """
+    taken, end = [], None
+    while end is None or len(taken) < 4 or time.perf_counter() < end:
+        start, busy = time.perf_counter(), time.process_time()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append((time.perf_counter() - start, time.process_time() - busy))
+        end = end or time.perf_counter() + seconds
+    return [statistics.median(some) for some in zip(*taken[1:])]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["ops", "model"], default="ops")
+    parser.add_argument("what", nargs="?", choices=["ops", "model", "rewards"], default="ops")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
-    parser.add_argument("--quick", action="store_true", help="float32 only")
+    parser.add_argument("--quick", action="store_true", help="float32 only; of rewards, three calls each")
     args = parser.parse_args()
     if args.what == "model":
         if not torch.cuda.is_available():
             sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours")
         sys.exit(any(row[3] is None for row in model()))
+    if args.what == "rewards":
+        seconds = 0 if args.quick else 3
+        score("cpu", True, 4, seconds)
+        if torch.cuda.is_available():
+            score("cuda", False, 32, seconds)
+        return
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads, {ops.status()}")
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         fused = ops.lib is not None and device in ops.devices

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU test and every benchmark on a machine with one NVIDIA GPU with 141 GB, in about 25 minutes.
+# Every GPU test and every benchmark on a machine with one NVIDIA GPU with 141 GB, in about 28 minutes.
 # Exit codes: 0 all well, 1 a step failed, 2 there is no GPU that PyTorch can use, or no nvcc.
 #     bash tests/gpu.sh
 cd "$(dirname "$0")/.." || exit 1
@@ -27,6 +27,7 @@ step() {                                        # step NAME SECONDS COMMAND...: 
 step "build the fused ops"          150 "$python" csrc/ops.py build
 step "GPU tests"                    500 "$python" -m pytest -q tests -k "cuda or gpu"
 step "fused ops against eager"      150 "$python" csrc/bench.py
+step "rewards, full size"            200 "$python" csrc/bench.py rewards
 step "full-size models"             900 "$python" csrc/bench.py model
 
 printf '\n%-34s %-14s %s\n' step result time

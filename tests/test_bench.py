@@ -1,8 +1,11 @@
 """python rewards.py bench: what it samples and scores, where it goes on, what its folder says, and what it refuses."""
 import csv
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,6 +153,27 @@ def test_it_goes_on_where_it_was(tmp_path, model, watched, capsys):
     assert "NaN" not in text and ["position", "2", "-", "2"] in map(str.split, rewards.table(scores, "").splitlines())
 
 
+def test_two_processes_make_the_same_folder(tmp_path, model):
+    """Three batches on one process and on two; then two go on behind the first batch, and behind half of a row more."""
+    def run(out, processes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        line = [*model, "--reward", "shapes-soft", "--micro-batch", 4, "--eval-steps", 2, "--out", out, "--device",
+                "cpu"]
+        done = subprocess.run([sys.executable, *launcher, rewards.__file__, "bench", *map(str, line)], text=True,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    said = [run(tmp_path / str(n), n) for n in (1, 2)]
+    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert one == two and one["scores.jsonl"].count(b"\n") == 10
+    assert [out.replace(str(tmp_path / "2"), str(tmp_path / "1")) for out in said] == [said[0]] * 2        # said once
+    lines = one["scores.jsonl"].splitlines(keepends=True)
+    for name in ("result.json", "scores.csv", "sheet.png", "images/00004/samples/0001.png"):
+        (tmp_path / "2" / name).unlink()
+    (tmp_path / "2" / "scores.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:30])
+    assert "4 images are there" in run(tmp_path / "2", 2) and contents(tmp_path / "2") == one
+
+
 def test_one_folder_holds_one_protocol(tmp_path, model, capsys):
     out = tmp_path / "out"
     bench(out, *model, "--reward", "shapes-soft")
@@ -229,3 +253,31 @@ def test_a_u_vit(tmp_path, lam):
     want = proxt2i.sample(pipe, [row["prompt"] for row in rows], [("eval", j) for j in range(3)], cfg, 1.)
     assert torch.equal(images, rounded(want))
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["solver"] == sampler
+
+
+def test_rewards_are_timed():
+    """Of random small networks, and of the verifier; a reward whose files are missing is said and has no time."""
+    root, names = pathlib.Path(rewards.__file__).parent, ("shapes", "hpsv2", "aesthetic", "tiny-clip", "imagereward")
+    code = f"""import json, sys
+sys.path[:0] = ["{root}/csrc", "{root}"]
+import bench
+make = bench.random_rewards
+
+def refuse(weights, device):
+    raise ValueError("no weights for it")
+
+def few(*args):
+    module = make(*args)
+    module.REWARDS = {{name: module.REWARDS[name] for name in {names}}} | {{"ocr": refuse}}
+    return module
+bench.random_rewards = few
+print(json.dumps(bench.score("cpu", True, 2, 0)))"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, last = done.stdout.splitlines()
+    rows = json.loads(last)
+    both = [[name, dtype] for name in names[1:] for dtype in ("float32", "bfloat16")]
+    assert [row[:2] for row in rows] == [["shapes", "float32"], *both, ["ocr", "float32"]]
+    assert all(ms > 0 for *_, ms in rows[:-1]) and rows[-1][2] is None
+    assert len(said) == 3 + len(rows) and "small random networks" in said[1] and "no weights for it" in said[-1]

@@ -287,6 +287,8 @@ def test_bad_rewards(module, small, refused, reward_file):
             assert not Path("out").exists()
     for device in ("gpu", "cuda:99"):
         refused(module, [*small, "--reward-device", device], f"--reward-device {device}")
+    refused(module, [*small, "--reward-dtype", "bfloat16"], "is computed in float32")
+    refused(module, [*small, "--reward-dtype", "float16"], "--reward-dtype 'float16' is unknown")
 
 
 @pytest.mark.parametrize("name, words", (("raises", "no such judge"), ("too_short", "8"), ("one_number", "8"),

@@ -99,13 +99,18 @@ def test_numbers(server, name, text, value):
 
 
 def test_the_share_that_is_not_read_is_logged(server):
-    """The light image's answer has no number in it: NaN, left out of the mean, and one of four in the row."""
+    """The light image's answer has no number in it: NaN, left out of the mean, and one of twelve in the row."""
     server.answer = lambda body, image, n: (200, "What is it?" if image.getpixel((0, 0))[0] > 200 else "Score: 4")
-    score, run = rewards.load("vlm:0.5"), types.SimpleNamespace(device="cpu", gather=lambda x: x)
-    values = score(grey(9, 20, 255, 30), ["a cat"] * 4, [{}] * 4)
-    assert values.isnan().tolist() == [False, False, True, False]
-    row = data.reward_terms(run, score)["vlm"]
-    assert row == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5, "unparsed": .25}
+    for overlap in (True, False):
+        run = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, constant=True,
+                                    cfg=types.SimpleNamespace(reward="vlm:0.5", overlap=overlap))
+        scoring = data.Scoring(run, rewards.load("vlm:0.5"))
+        for levels in ((9, 20, 255, 30), range(10, 90, 10)):           # two chunks, of 4 images and of 8
+            scoring.add(grey(*levels), ["a cat"] * len(levels), [{}] * len(levels))
+        images, reward = scoring.result()
+        assert len(images) == 12 and reward.isnan().nonzero().flatten().tolist() == [2]
+        assert scoring.terms()["vlm"] == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5,
+                                          "unparsed": pytest.approx(1 / 12)}
 
 
 def test_an_answer_that_was_cut_off_is_not_read():
@@ -199,7 +204,8 @@ def test_unigenbench_of_a_model(server, random_model, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["all"] == {"images": 4, "unigenbench": .5, "failed": 2}
     assert (result["unigenbench"]["Style"], result["unigenbench"]["Attribute"]) == (1., 0.)
-    assert result["protocol"]["rewards"]["unigenbench"] == {"engine": "vlm", "sha256": None}
+    want = {"engine": "vlm", "sha256": rewards.load("unigenbench").rewards["unigenbench"].sha256}
+    assert result["protocol"]["rewards"]["unigenbench"] == want
     assert "Style                          1.0000" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [row["answers"]["unigenbench"] for row in rows] == [[1, 0], [1, 0], None, None]
@@ -351,3 +357,22 @@ def test_settings(server, monkeypatch, capsys):
             with pytest.raises(ValueError, match="set JUDGE_SERVER=.* and JUDGE_MODEL=.*DEQA_SERVER") as error:
                 rewards.load("deqa")
             assert "\n" not in str(error.value)
+
+
+def test_the_protocol_names_the_judge_and_what_it_is_asked(server, random_model, tmp_path, monkeypatch, capsys):
+    """Another template, another model or another judge is another protocol, and its figures want another folder."""
+    server.answer = lambda body, image, n: (200, "Score: 4")
+    line = ["bench", "--model", str(random_model), "--benchmark", "shapes", "--draw", "2", "--eval-steps", "1",
+            "--reward", "vlm", "--out", str(tmp_path / "out")]
+    rewards.main(line)
+    first = json.loads((tmp_path / "out" / "protocol.json").read_text())["rewards"]["vlm"]
+    assert first["engine"] == rewards.judge_setting("vlm", "MODEL") and len(first["sha256"]) == 64
+    assert len({rewards.load(name).rewards[name].sha256 for name in (*rewards.NUMBER, "deqa", "unigenbench")}) == 5
+    template = tmp_path / "template.json"
+    template.write_text('{"question": "Is it good? {prompt}"}')
+    for key, value in (("VLM_TEMPLATE", str(template)), ("VLM_MODEL", "another")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setenv(key, value)
+            rewards.main(line)
+        assert "holds figures with rewards=" in capsys.readouterr().err
+    rewards.main(line)                                                 # the same again

@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import data
 import dgpo
 import grpo
 import models
+import slas
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
@@ -133,6 +136,106 @@ def test_a_reward_that_fails_on_one_process_ends_them_all(module, flags):
     out, err = two.communicate(timeout=600)
     assert two.returncode != 0 and "exitcode: 2" in err.replace(" ", "").replace("exitcode:2", "exitcode: 2")
     assert err.count("error: the reward") == 1 and "the judge of one rank is gone" in err
+
+
+# ============================================================================================================= overlap
+
+def scoring_of(score, overlap, device="cpu"):
+    """data.Scoring of one process, and what it says in a list."""
+    said = []
+    run = types.SimpleNamespace(device=torch.device(device), constant=False, gather=lambda x: x, say=said.append,
+                                cfg=types.SimpleNamespace(reward="mine", overlap=overlap))
+    return data.Scoring(run, score), said
+
+
+@pytest.mark.parametrize("module", (dgpo, grpo, slas))
+def test_overlap_changes_no_number(module, flags):
+    """Four chunks of a group each, scored by the thread and between the rollouts: equal, bit for bit."""
+    settings = dict(groups=4, micro_batch=4, steps=3, reward="slow", eval_every=2)
+    (_, rows, state), (_, plain, other) = (run(module, flags(out=str(overlap), overlap=overlap, **settings))
+                                           for overlap in (True, False))
+    assert same(without_seconds(rows), without_seconds(plain)) and same(state, other)
+    assert [row["rewards"] != {} for row in rows[1:4]] == [True] * 3
+
+
+@pytest.mark.parametrize("overlap", (True, False))
+def test_a_chunk_is_scored_while_the_next_is_sampled(overlap):
+    """In the order of the chunks, one at a time; NaN stays where it is, for two rollouts in a row."""
+    sampled, seen, main = threading.Event(), [], threading.current_thread()
+
+    def score(images, prompts, metas):
+        if overlap and prompts == ["0", "0"]:
+            assert sampled.wait(60)
+        seen.append((prompts[0], threading.current_thread() is main))
+        score.values = {"a": images[:, 0, 0, 0], "b": images[:, 1, 0, 0]}
+        return images[:, 0, 0, 0]
+    score.weights, score.rewards = {"a": 1.0, "b": 0.0}, {}
+    scoring, said = scoring_of(score, overlap)
+    for start in (0, 100):
+        seen.clear()
+        chunks = [torch.arange(24.).view(2, 3, 2, 2) + start + 24 * i for i in range(6)]
+        chunks[1][1, 0, 0, 0] = math.nan
+        for i, chunk in enumerate(chunks):
+            scoring.add(chunk, [str(i)] * 2, [{}] * 2)
+            assert len(seen) == i + 1 if not overlap else start or not seen        # the first waits for the last
+        sampled.set()
+        images, reward = scoring.result()
+        assert seen == [(str(i), not overlap) for i in range(6)]
+        assert same([images.nan_to_num(-1), reward.nan_to_num(-1)],
+                    [torch.cat(chunks).nan_to_num(-1), torch.cat(chunks)[:, 0, 0, 0].nan_to_num(-1)])
+        terms, first = scoring.terms(), torch.cat(chunks)[:, :2, 0, 0]
+        assert terms["b"] == {"mean": first[:, 1].mean().item(), "weight": 0.0,
+                              "std": pytest.approx(first[:, 1].std(correction=0).item())}
+        assert terms["a"]["mean"] == pytest.approx(first[:, 0].nanmean().item())
+    assert not said
+    for _ in range(2):
+        scoring.add(torch.ones(2, 3, 2, 2), ["x"] * 2, [{}] * 2)
+        assert scoring.result()[1].tolist() == [1, 1]
+    assert len(said) == 1 and "the reward mine is 1 for every image" in said[0]
+
+
+def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
+    def score(images, prompts, metas):
+        if prompts == ["bad"]:
+            raise KeyError("no such judge")
+        return images[:, 0, 0, 0]
+    image, said = torch.zeros(1, 3, 2, 2), []
+    for overlap in (True, False):
+        scoring, _ = scoring_of(score, overlap)
+        scoring.add(image, ["good"], [{}])
+        with pytest.raises(ValueError) as error:
+            scoring.add(image, ["bad"], [{}])
+            while not scoring.parts[-1].done():
+                time.sleep(.01)
+            scoring.add(image, ["good"], [{}])
+        said.append(str(error.value))
+    scoring, _ = scoring_of(score, True)
+    scoring.add(image, ["bad"], [{}])                                  # the last chunk: no other one finds it
+    with pytest.raises(ValueError) as error:
+        scoring.result()
+    assert {*said, str(error.value)} == {"the reward mine failed: KeyError: 'no such judge'"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device: needs a gpu")
+def test_cuda_streams_wait_for_each_other():
+    """The thread's stream waits for a chunk that the GPU has still to make, and both ways give the same bits."""
+    weight = torch.randn(4096, 4096, device="cuda") / 64
+
+    def chunk(i):                                                      # tens of milliseconds behind the CPU
+        x = torch.full((4096, 4096), float(i + 1), device="cuda")
+        for _ in range(20):
+            x = (x @ weight).tanh()
+        return x[:12].reshape(4, 3, 64, 64).clone()
+
+    def score(images, prompts, metas):
+        return (images.flatten(1) @ images.flatten(1).T).sum(1)
+    results = []
+    for overlap in (True, False):
+        scoring, _ = scoring_of(score, overlap, "cuda")
+        for i in range(8):
+            scoring.add(chunk(i), ["a"] * 4, [{}] * 4)
+        results.append(scoring.result())
+    assert same(*results) and results[0][1].std() > 0
 
 
 # ====================================================================================================== kill and resume

@@ -358,6 +358,21 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
 
+def test_overlap_changes_no_number(fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """Three chunks of a group each, scored beside the next one's rollout and after it: equal, bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    states = []
+    for flag in ("--overlap", "--no-overlap"):
+        run(["rl", "--model", fresh / "prox", "--steps", 2, "--groups", 3, "--group-size", 2, "--micro-batch", 2,
+             "--updates", 1, "--sample-steps", 3, "--reward", f"{reward_file}:slow", "--eval-reward",
+             f"{reward_file}:red", "--lr", 1e-3, "--out", flag[2:], flag, *SMALL], capsys)
+        rows = [json.loads(row) for row in Path(flag[2:], "metrics.jsonl").read_text().splitlines()]
+        states.append(([row | {"seconds": 0} for row in rows],
+                       torch.load(f"{flag[2:]}/last/state.pt", weights_only=True)["params"]))
+    (rows, params), (plain, others) = states
+    assert rows == plain and rows[1]["reward"] != 0 and all(map(torch.equal, params, others))
+
+
 @pytest.mark.parametrize("method", ("prox", "score"))
 def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
