@@ -20,6 +20,7 @@ preset's reference is the slow moving average of the weights, not the frozen sta
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +192,8 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     dsm, dsm_ref: (B,) float32, the mean over dimensions, groups contiguous; adv: (B,), positive for G+, so that A_i is
     w_i with its sign. Returns the loss (). Source: DGPO, Eq. 17.
     """
+    if ops.compiled(dsm):
+        return ops.dgpo_loss(dsm, dsm_ref, adv, group_size, beta)
     z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)
     return -F.logsigmoid(-z).mean()
 
@@ -412,9 +415,10 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
             v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
             if pipe.ddpm:
                 a, a_next = models.ALPHA_BAR[t], models.ALPHA_BAR[t_next]
-                x, *_ = ddim_step(v, x, a, a_next, cfg.noise_level, draw(f"sde {i}"))
+                take = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=cfg.noise_level)
             else:
-                x, *_ = sde_step(v, x, t, t_next, cfg.noise_level, draw(f"sde {i}"), t_cap=ts[1])
+                take = partial(sde_step, t=t, t_next=t_next, noise_level=cfg.noise_level, t_cap=ts[1])
+            x, *_ = ops.fused_step(take, v, x, draw(f"sde {i}"))       # one pass over memory, if compiled
         return x
 
 

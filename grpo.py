@@ -17,6 +17,7 @@ lacks the dt of the true Gaussian KL (--kl-form names the three in use).
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -364,11 +365,14 @@ def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
     """Step i of the sampler, taken by eps or scored at x_next: sde_step, ddim_step for kind "ddim", as they return.
 
     v: the network's answer at x (B, C, H, W) and ts[i], velocity or noise; ts: flow times, or DDPM steps for "ddim".
+    In one pass over memory where the fused ops are compiled, and then without the mean of a step that is taken.
     """
     if kind == "ddim":
         a, a_next = models.ALPHA_BAR[ts[i]], models.ALPHA_BAR[ts[i + 1]]
-        return ddim_step(v, x, a, a_next, noise_level, eps, x_next)
-    return sde_step(v, x, ts[i], ts[i + 1], noise_level, eps, x_next, kind, t_cap=ts[1])
+        step = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=noise_level)
+    else:
+        step = partial(sde_step, t=ts[i], t_next=ts[i + 1], noise_level=noise_level, kind=kind, t_cap=ts[1])
+    return ops.fused_step(step, v, x, eps, x_next)
 
 
 @torch.no_grad()

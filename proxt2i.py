@@ -520,9 +520,10 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
     states = [state]
     for k in range(n, 0, -1):
         mean, std = kernel(cfg.method, answer, states[-1], k, n)
-        states.append(mean + std * draw(f"step {k}") if std else mean)
+        x, chance = ops.linear_step(mean, std=std, eps=draw(f"step {k}") if std else None)       # mean + std xi
+        states.append(x)
         if std:
-            logp[k] = gaussian_logp(states[-1], mean, std)
+            logp[k] = chance                                           # gaussian_logp(x, mean, std)
     return torch.stack(states), logp
 
 
@@ -673,7 +674,8 @@ def train_rl(cfg):
     def rescore(states, k, part, scale):
         """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
         mean, std = kernel(cfg.method, answer_of(cfg.method, net, part, null, scale), states[n - k], k, n)
-        return gaussian_logp(states[n - k + 1], mean, std), mean, std
+        _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
+        return logp, mean, std
 
     bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
                desc="proxt2i", unit="step", dynamic_ncols=True)

@@ -30,6 +30,7 @@ lacks the dt of the true Gaussian KL (--kl-form names the three in use).
 import math
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -193,6 +194,8 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
     A; "batch", both: A has std 1 for every gamma, and only the 1e-4 tells it from "after"; "none". Returns (B,).
     """
     before, after = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}[std]
+    if ops.compiled(reward):
+        return ops.slas_advantage(reward, group_size, gamma, recenter, std)
     valid, dr = ~reward.isnan(), group_advantage(reward, group_size, "none")               # (B,), (B,)  Eq. (5)
     dr = dr / (dr[valid].std(correction=0) + 1e-4) if before else dr
     weight, lam = dr.abs().pow(gamma) * valid, 0                       # |dr|^gamma, 1 over the metric [17]
@@ -426,11 +429,14 @@ def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
     """Step i of the sampler, taken by eps or scored at x_next: sde_step, ddim_step for kind "ddim", as they return.
 
     v: the network's answer at x (B, C, H, W) and ts[i], velocity or noise; ts: flow times, or DDPM steps for "ddim".
+    In one pass over memory where the fused ops are compiled, and then without the mean of a step that is taken.
     """
     if kind == "ddim":
         a, a_next = models.ALPHA_BAR[ts[i]], models.ALPHA_BAR[ts[i + 1]]
-        return ddim_step(v, x, a, a_next, noise_level, eps, x_next)
-    return sde_step(v, x, ts[i], ts[i + 1], noise_level, eps, x_next, kind, t_cap=ts[1])
+        step = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=noise_level)
+    else:
+        step = partial(sde_step, t=ts[i], t_next=ts[i + 1], noise_level=noise_level, kind=kind, t_cap=ts[1])
+    return ops.fused_step(step, v, x, eps, x_next)
 
 
 @torch.no_grad()

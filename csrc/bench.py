@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import ops
 
-MB16 = (16, 16, 128, 128)                                                # 16 MB in float32: 16 latents at 1024 px
+SHAPES = (1, 16, 32, 32), (4, 16, 64, 64), (16, 16, 128, 128)            # 64 KB, 1 MB and 16 MB in float32
 
 
 def cases(dtype, device):
@@ -44,22 +44,60 @@ def cases(dtype, device):
             out.backward(b.detach() if out.shape == b.shape else torch.ones_like(out))      # a dense gradient
         return call
 
-    n, size = torch.Size(MB16).numel(), torch.empty(0, dtype=dtype).element_size()
-    prox, cfg, adv = (getattr(ops, name) for name in ops.NAMES)
-    prox_ref, cfg_ref, adv_ref = (getattr(ops, name + "_ref") for name in ops.NAMES)
-    pair, grads = (lambda: (randn(*MB16), randn(*MB16))), lambda: (randn(*MB16, grad=True), randn(*MB16))
-    both = lambda: (randn(*MB16, grad=True), randn(*MB16, grad=True))
-    yield "prox_matching_loss", prox, prox_ref, MB16, 2 * n * size, lambda: (*pair(), 1.0)
-    yield "  with backward", *map(forward_backward, (prox, prox_ref)), MB16, 5 * n * size, lambda: (*grads(), 1.0)
-    yield "cfg_combine", cfg, cfg_ref, MB16, 3 * n * size, lambda: (*pair(), 4.5)
-    yield "  beside torch.lerp", cfg, torch.lerp, MB16, 3 * n * size, lambda: (*pair(), 4.5)
-    yield "  with backward", *map(forward_backward, (cfg, cfg_ref)), MB16, 6 * n * size, lambda: (*both(), 4.5)
-    for b in (1152, 65536):                                              # 48 groups of 24; many
-        g = 24 if b == 1152 else 64
-        yield f"group_advantage, G = {g}", adv, adv_ref, (b,), b * (size + 4), lambda b=b, g=g: (randn(b), g)
+    def no_noise(f):                                                     # an ODE's step: Euler's x + dt v
+        return lambda x, cond: f(x, cond, 1.0, -0.1)
+
+    def taken(f):                                                        # guidance, SDE step and log-prob, in a rollout
+        return lambda x, cond, uncond, eps: f(x, cond, 0.9, -0.1, 0.3, uncond=uncond, scale=4.5, eps=eps)
+
+    def scored(f):                                                       # the same step scored, and its gradients
+        def call(x, cond, uncond, x_next):
+            cond.grad = uncond.grad = None
+            _, logp = f(x, cond, 0.9, -0.1, 0.3, uncond=uncond, scale=4.5, x_next=x_next)
+            logp.backward(torch.ones_like(logp))
+        return call
+
+    def drawn(f):                                                        # beside torch.randn of the same shape
+        return lambda x, cond: f(x, cond, 0.9, -0.1, 0.3, key=(1, 2, 3))
+
+    def with_randn(x, cond):
+        return ops.linear_step_ref(x, cond, 0.9, -0.1, 0.3, eps=torch.randn_like(x))
+
+    def dgpo(f):
+        def call(dsm, ref, adv, group_size):
+            dsm.grad = None
+            f(dsm, ref, adv, group_size, 30.0).backward()
+        return call
+
+    size = torch.empty(0, dtype=dtype).element_size()
+    prox, cfg, linear, adv, slas, loss = (getattr(ops, name) for name in ops.NAMES)
+    prox_ref, cfg_ref, linear_ref, adv_ref, slas_ref, loss_ref = (getattr(ops, name + "_ref") for name in ops.NAMES)
+    for shape in SHAPES:
+        bytes_ = torch.Size(shape).numel() * size
+
+        def make(count, *rest, grads=(), shape=shape):
+            return lambda: (*(randn(*shape, grad=k in grads) for k in range(count)), *rest)
+        yield "prox_matching_loss", prox, prox_ref, shape, 2 * bytes_, make(2, 1.0)
+        yield "  with backward", *map(forward_backward, (prox, prox_ref)), shape, 5 * bytes_, make(2, 1.0, grads=(0,))
+        yield "cfg_combine", cfg, cfg_ref, shape, 3 * bytes_, make(2, 4.5)
+        yield "  beside torch.lerp", cfg, torch.lerp, shape, 3 * bytes_, make(2, 4.5)
+        yield "  with backward", *map(forward_backward, (cfg, cfg_ref)), shape, 6 * bytes_, make(2, 4.5, grads=(0, 1))
+        yield "linear_step, taken", *map(taken, (linear, linear_ref)), shape, 5 * bytes_, make(4)
+        yield "  without noise", *map(no_noise, (linear, linear_ref)), shape, 3 * bytes_, make(2)
+        yield "  with Philox, and randn", drawn(linear), with_randn, shape, 3 * bytes_, make(2)
+        yield "  scored, with backward", *map(scored, (linear, linear_ref)), shape, 10 * bytes_, make(4, grads=(1, 2))
+    for b, g in ((64, 8), (1152, 24), (8192, 32), (65536, 64)):
+        rewards, moved = (lambda b=b, g=g: (randn(b), g)), b * (size + 4)
+        yield f"group_advantage, G = {g}", adv, adv_ref, (b,), moved, rewards
+        batch = (lambda r, g, f=f: f(r, g, "batch") for f in (adv, adv_ref))
+        yield "  by the batch's std", *batch, (b,), moved, rewards
+        shaped = (lambda r, g, f=f: f(r, g, 0.7, True, clip=5.0) for f in (slas, slas_ref))
+        yield "slas_advantage", *shaped, (b,), moved, rewards
+        triple = lambda b=b, g=g: (randn(b, grad=True), randn(b), randn(b), g)
+        yield "dgpo_loss, with backward", *map(dgpo, (loss, loss_ref)), (b,), b * (4 * size + 8), triple
 
 
-def measure(functions, make, device, pick=statistics.median, seconds=1.0):
+def measure(functions, make, device, pick=statistics.median, seconds=0.5):
     """Seconds of each f(*inputs). 4 sets of inputs and all f take turns: a busy machine hits all of them alike."""
     sets = [make() for _ in range(4)]
     for f in functions:

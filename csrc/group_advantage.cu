@@ -1,61 +1,101 @@
 // Group-relative advantages of B rewards, G in a row to a group. NaN marks a failed sample: it counts nowhere, gets 0.
 //
-//     A_i = (r_i - mean_g r) / (std + 1e-4)      std: population std of the group, of the batch, or no division
+//     dr_i = (r_i - mean_g r) / (std + 1e-4)     std: population std of the group, of all r, of all r - mean_g r, or 1
+//     A_i = |dr_i|^gamma (dr_i - lam_g)          lam = 0, or sum_g |dr|^gamma dr / sum_g |dr|^gamma
+//     A_i / (std A + 1e-4) if asked, then cut to [-clip, clip]
 //
-// Reads r, writes A: sizeof(T) + 4 bytes per reward from memory, further sweeps over a group hit the
-// cache; the batch std reads r once more. For thousands of rewards the time is that of a launch, two for the batch std.
+// One launch. Reads r, writes A: sizeof(T) + 4 bytes per reward from memory; what lies between hits the cache, and for
+// thousands of rewards the time is the launch's. A warp takes a group. One block does all where the whole batch's std
+// is asked for: that suits the batches there are, up to some ten thousand; beyond, one sweep on one SM sets the time.
 // Sums are double. The lowest reward is taken off before they are averaged: a constant group gives exactly 0.
 #include "common.cuh"
 
 struct Moments { double low, mean, std; };                                 // mean: of r - low
 
-template <typename T> __device__ Moments moments(const T* r, int64_t n) {  // of the n rewards at r, by one block
+// Of r[first], r[first + stride] ..., combined over the threads by reduce.
+template <typename T, typename Reduce>
+__device__ Moments moments(const T* r, int64_t n, int first, int stride, Reduce reduce) {
     auto sum = [](double x, double y) { return x + y; };
-    double low = INFINITY, count = 0, first = 0, second = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    double low = INFINITY, count = 0, total = 0, squares = 0;
+    for (int64_t i = first; i < n; i += stride) {
         double x = widen(r[i]);
         if (x == x) low = min(low, x), count += 1;
     }
-    low = block_reduce(low, [](double x, double y) { return min(x, y); });
-    count = block_reduce(count, sum);
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    low = reduce(low, [](double x, double y) { return min(x, y); });
+    count = reduce(count, sum);
+    for (int64_t i = first; i < n; i += stride) {
         double x = widen(r[i]);
-        if (x == x) first += x - low;
+        if (x == x) total += x - low;
     }
-    double mean = block_reduce(first, sum) / count;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    double mean = reduce(total, sum) / count;
+    for (int64_t i = first; i < n; i += stride) {
         double x = widen(r[i]), e = x - low - mean;
-        if (x == x) second += e * e;
+        if (x == x) squares += e * e;
     }
-    return {low, mean, sqrt(block_reduce(second, sum) / count)};
+    return {low, mean, sqrt(reduce(squares, sum) / count)};
 }
 
-template <typename T> __global__ void batch_moments(const T* r, double* std, int64_t b) {
-    double s = moments(r, b).std;
-    if (threadIdx.x == 0) *std = s;
-}
-
-template <typename T>                                                      // one block a group; mode as in the .cpp
-__global__ void advantages(const T* r, const double* batch_std, acc_t<T>* adv, int64_t group_size, int mode) {
-    r += blockIdx.x * group_size, adv += blockIdx.x * group_size;
-    auto m = moments(r, group_size);
-    double by = mode == 2 ? 1 : (mode == 1 ? *batch_std : m.std) + 1e-4;
-    for (int64_t i = threadIdx.x; i < group_size; i += blockDim.x) {
-        double x = widen(r[i]);
-        adv[i] = acc_t<T>(x == x ? (x - m.low - m.mean) / by : 0);
+struct Spread {                                                            // of what the block's threads have seen
+    double count = 0, sum = 0, squares = 0;
+    __device__ void see(double x) { count += 1, sum += x, squares += x * x; }
+    __device__ double std() const {
+        auto add = [](double x, double y) { return x + y; };
+        double n = block_reduce(count, add), mean = block_reduce(sum, add) / n;
+        return sqrt(max(block_reduce(squares, add) / n - mean * mean, 0.0));
     }
+};
+
+template <typename T>                                                      // x: room for the groups' deviations
+__global__ void __launch_bounds__(1024)
+advantages(const T* r, double* x, acc_t<T>* adv, int64_t groups, int64_t group_size, Shaping shape) {
+    auto in_block = [](auto x, auto op) { return block_reduce(x, op); };
+    auto in_warp = [](auto x, auto op) { return warp_reduce(x, op); };
+    auto add = [](double x, double y) { return x + y; };
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    auto for_groups = [&](auto f) {                                        // f(the group's first): alike in every pass,
+        for (int64_t k = int64_t(blockIdx.x) * warps + threadIdx.x / 32; k < groups; k += int64_t(gridDim.x) * warps)
+            f(k * group_size);
+    };
+    auto for_valid = [&](int64_t first, auto f) {                          // so that a thread reads what it wrote
+        for (int64_t i = first + lane; i < first + group_size; i += 32) if (widen(r[i]) == widen(r[i])) f(i);
+    };
+    double by = 1;
+    if (shape.by == Shaping::batch) by = moments(r, groups * group_size, threadIdx.x, blockDim.x, in_block).std + 1e-4;
+    Spread centred, shaped;
+    for_groups([&](int64_t first) {
+        auto m = moments(r + first, group_size, lane, 32, in_warp);
+        double own = shape.by == Shaping::group ? m.std + 1e-4 : by;
+        for_valid(first, [&](int64_t i) { centred.see(x[i] = (widen(r[i]) - m.low - m.mean) / own); });
+    });
+    by = shape.by == Shaping::centred ? centred.std() + 1e-4 : 1;
+    auto weight = [gamma = shape.gamma](double d) { return gamma == 0 ? 1 : gamma == 1 ? abs(d) : pow(abs(d), gamma); };
+    for_groups([&](int64_t first) {
+        double lam = 0, weights = 0;
+        if (shape.recenter) {
+            for_valid(first, [&](int64_t i) { double d = x[i] / by, w = weight(d); lam += w * d, weights += w; });
+            lam = warp_reduce(lam, add) / max(warp_reduce(weights, add), 1e-30);
+        }
+        for_valid(first, [&](int64_t i) { double d = x[i] / by; shaped.see(x[i] = weight(d) * (d - lam)); });
+    });
+    by = shape.after ? shaped.std() + 1e-4 : 1;
+    double clip = shape.clip;
+    for_groups([&](int64_t first) {
+        for (int64_t i = first + lane; i < first + group_size; i += 32) adv[i] = 0;
+        for_valid(first, [&](int64_t i) {
+            double a = x[i] / by;
+            adv[i] = acc_t<T>(a < -clip ? -clip : a > clip ? clip : a);    // NaN stays
+        });
+    });
 }
 
-cudaError_t group_advantage_cuda(Dtype dtype, const void* reward, void* batch_std, void* adv, int64_t b,
-                                 int64_t group_size, int mode, cudaStream_t stream) {
+cudaError_t group_advantage_cuda(Dtype dtype, const void* reward, void* room, void* adv, int64_t b, int64_t group_size,
+                                 const Shaping& shape, cudaStream_t stream) {
     if (b == 0) return cudaSuccess;
     return dispatch(dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        auto* r = (const T*)reward;
-        auto* s = (double*)batch_std;
-        if (mode == 1) batch_moments<T><<<1, 1024, 0, stream>>>(r, s, b);
-        if (cudaPeekAtLastError() != cudaSuccess) return;                  // reported by dispatch
-        int threads = group_size >= kThreads ? kThreads : int(group_size + 31) / 32 * 32;
-        advantages<T><<<b / group_size, threads, 0, stream>>>(r, s, (acc_t<T>*)adv, group_size, mode);
+        int64_t groups = b / group_size, warps = shape.whole_batch() ? 32 : 4;
+        int64_t blocks = shape.whole_batch() ? 1 : (groups + warps - 1) / warps;
+        advantages<T><<<blocks, 32 * warps, 0, stream>>>((const T*)reward, (double*)room, (acc_t<T>*)adv, groups,
+                                                         group_size, shape);
     });
 }

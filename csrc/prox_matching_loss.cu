@@ -8,9 +8,18 @@
 // and, where rows are multiples of 16 bytes, whatever else is in the batch.
 #include "common.cuh"
 
+template <typename A> struct Loss {
+    A *loss, *weight;
+    double by;                                                             // 1 / (d zeta^2)
+    __device__ void operator()(int64_t row, double sum) const {
+        A q = A(sum * by);
+        loss[row] = -expm1(-q), weight[row] = exp(-q);
+    }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-square_sums(const T* p, const T* t, acc_t<T>* partial, int64_t d, int64_t per_row) {
+square_sums(const T* p, const T* t, acc_t<T>* partial, int64_t d, int64_t per_row, Loss<acc_t<T>> finish) {
     int64_t start = blockIdx.x % per_row * kChunk, row = blockIdx.x / per_row;
     int n = int(min(kChunk, d - start));
     p += row * d + start, t += row * d + start;
@@ -21,20 +30,9 @@ square_sums(const T* p, const T* t, acc_t<T>* partial, int64_t d, int64_t per_ro
         for (int j = 0; j < a.size; ++j) add(a.v[j], b.v[j]);
     });
     sum = block_reduce(sum, [](auto x, auto y) { return x + y; });
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-template <typename A>                                                      // one warp a row: the chunks' sums to a loss
-__global__ void __launch_bounds__(kThreads)
-finish(const A* partial, A* loss, A* weight, int64_t rows, int64_t d, int64_t per_row, double zeta) {
-    int64_t row = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
-    if (row >= rows) return;
-    int lane = threadIdx.x % 32;
-    double sum = 0;
-    for (int64_t k = lane; k < per_row; k += 32) sum += partial[row * per_row + k];
-    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    A q = A(sum / (double(d) * zeta * zeta));
-    if (lane == 0) loss[row] = -expm1(-q), weight[row] = exp(-q);
+    if (threadIdx.x) return;
+    if (per_row == 1) finish(row, sum);
+    else partial[blockIdx.x] = sum;
 }
 
 template <typename T>
@@ -60,11 +58,10 @@ cudaError_t prox_matching_loss_cuda(Dtype dtype, const void* pred, const void* t
         using T = std::remove_pointer_t<decltype(t)>;
         using A = acc_t<T>;
         int64_t per_row = chunks(d);
+        Loss<A> finish{(A*)loss, (A*)weight, 1 / (double(d) * zeta * zeta)};
         square_sums<T><<<rows * per_row, kThreads, 0, stream>>>((const T*)pred, (const T*)target, (A*)partial, d,
-                                                                per_row);
-        if (cudaPeekAtLastError() != cudaSuccess) return;                  // reported by dispatch
-        finish<A><<<(rows * 32 + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
-            (const A*)partial, (A*)loss, (A*)weight, rows, d, per_row, zeta);
+                                                                per_row, finish);
+        if (per_row > 1) finish_rows((const A*)partial, rows, per_row, finish, stream);
     });
 }
 

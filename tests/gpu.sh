@@ -26,7 +26,7 @@ step() {                                        # step NAME SECONDS COMMAND...: 
 }
 step "build the fused ops"          150 "$python" csrc/ops.py build
 step "GPU tests"                    500 "$python" -m pytest -q tests -k "cuda or gpu"
-step "fused ops against eager"      150 "$python" csrc/bench.py
+step "fused ops against eager"      240 "$python" csrc/bench.py
 step "rewards, full size"            200 "$python" csrc/bench.py rewards
 step "full-size models"             900 "$python" csrc/bench.py model
 
