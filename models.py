@@ -2130,7 +2130,8 @@ def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False):
     if gigabytes not in (24, 48, 80, 141):
         raise ValueError(f"--gpu-memory {gigabytes}: 24, 48, 80 or 141")
     if gigabytes not in plans:
-        fits = f"it wants --gpu-memory {min(plans)}" if plans else "known are sd35m, flux, sd14, uvit and their directories"
+        known = "known are sd35m, flux, sd14, uvit and their directories"
+        fits = f"it wants --gpu-memory {min(plans)}" if plans else known
         raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
     images, checkpointing = plans[gigabytes]
     if not lora_rank and not fsdp and FULL[family] > 0.9 * gigabytes:
