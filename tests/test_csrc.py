@@ -218,6 +218,16 @@ def test_a_step_taken_has_the_log_prob_it_is_scored_with(d, dtype, state, device
         assert torch.equal(ops.linear_step(x, v, **{**STEP, "scale": 1.0}, w=w, x_next=x_next)[1], taken)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scale_without_guidance_is_none(device):
+    """No uncond: v is cond, and its gradient b, whatever the scale."""
+    x, cond = (randn(2, 33, device=device, seed=i) for i in range(2))
+    x_next, _ = ops.linear_step(x, cond.requires_grad_(), 0.9, 0.5, scale=4.5)
+    x_next.sum().backward()
+    torch.testing.assert_close(x_next.detach(), 0.9 * x + 0.5 * cond.detach())
+    assert torch.equal(cond.grad, torch.full_like(cond, 0.5))
+
+
 def test_linear_step_of_many_threads_is_that_of_one():
     tensors = step_tensors(65537, torch.float32, grad=False)
     threads = torch.get_num_threads()
