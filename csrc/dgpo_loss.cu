@@ -22,7 +22,7 @@ preference(const T* dsm, const T* ref, const T* adv, acc_t<T>* loss, acc_t<T>* w
         double slope = 1 / (1 + exp(-z)) * beta / (groups * group_size);
         for (int64_t i = k * group_size + threadIdx.x % 32; i < end; i += 32)
             weight[i] = acc_t<T>(slope * widen(adv[i]));
-        if (threadIdx.x % 32 == 0) total += (z > 0 ? z : 0) + log1p(exp(-abs(z)));
+        if (threadIdx.x % 32 == 0) total += (z > 0 ? z : 0) + log1p(exp(-fabs(z)));
     }
     total = block_reduce(total, add);
     if (threadIdx.x == 0) *loss = acc_t<T>(total / groups);

@@ -68,7 +68,9 @@ advantages(const T* r, double* x, acc_t<T>* adv, int64_t groups, int64_t group_s
         for_valid(first, [&](int64_t i) { centred.see(x[i] = (widen(r[i]) - m.low - m.mean) / own); });
     });
     by = shape.by == Shaping::centred ? centred.std() + 1e-4 : 1;
-    auto weight = [gamma = shape.gamma](double d) { return gamma == 0 ? 1 : gamma == 1 ? abs(d) : pow(abs(d), gamma); };
+    auto weight = [gamma = shape.gamma](double d) {
+        return gamma == 0 ? 1 : gamma == 1 ? fabs(d) : pow(fabs(d), gamma);
+    };
     for_groups([&](int64_t first) {
         double lam = 0, weights = 0;
         if (shape.recenter) {
