@@ -1714,11 +1714,11 @@ def masked(name, reward):
 
 
 class Scoring:
-    """The rewards of a rollout, chunk by chunk: a thread scores one while the next is sampled, or --no-overlap.
+    """The rewards of a rollout, chunk by chunk; with --overlap by a thread, one while the next is sampled.
 
     add(images, prompts, metas) for each chunk, whole groups, then result() and terms(), and so on for the next rollout.
-    Both ways score the same chunks in the same order, so the numbers are the same, bit for bit. On a CPU the thread
-    helps as PyTorch and a judge's sockets let go of Python's lock; on a GPU it has a stream of its own.
+    Both ways score the same chunks in the same order, so the numbers are the same, bit for bit. On a GPU the
+    thread has a stream of its own. On a CPU it helps where the reward waits for a server; else they share the cores.
     """
 
     def __init__(self, run, score):

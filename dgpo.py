@@ -46,7 +46,7 @@ class Config:
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
-    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
+    overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
@@ -131,7 +131,8 @@ class Config:
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
                 resolution=512, dtype="bfloat16", lr=3e-4, timesteps=4, updates=1, ref="start", kl_beta=0.02,
                 hold=0.0, max_grad_norm=1.0,
-                minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True)   # this line ours
+                minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True,
+                overlap=True)                                          # these two lines ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
                 rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
 PAPER = dict(timesteps=1, ema=0.0, kl_beta=0.0, group_size=24, groups=32, t_min=0.6)      # Alg. 1; sizes, t_min: ours

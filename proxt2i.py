@@ -59,7 +59,7 @@ class Config:
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
-    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
+    overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
@@ -160,7 +160,7 @@ TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dt
 LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
             group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
             minutes=1e6, lr=1e-4, kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0,
-            optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24)     # an update for 6 such batches
+            optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24, overlap=True)    # an update for 6
 MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}

@@ -74,7 +74,7 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
     when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
     trainer masks it. The trainer hands over a rollout in chunks, whole groups, from a thread beside the next one's
-    rollout (--no-overlap: from the main thread): an image's reward may depend on its group, on no other image.
+    rollout (or, without --overlap, from the main thread): an image's reward may depend on its group, on no other image.
     score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
     score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
     looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.

@@ -55,7 +55,7 @@ class Config:
     gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
-    overlap: bool = True                # images are scored while the next are sampled; --no-overlap: after it
+    overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
@@ -154,10 +154,10 @@ FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resoluti
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
             ema_every=8, method="flow",
-            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24)  # Flow-GRPO's GenEval run; this line is ours
+            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24, overlap=True)        # its GenEval run; ours: this
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
-             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4)
+             minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
         "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
