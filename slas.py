@@ -153,8 +153,8 @@ class Config:
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
-            ema_every=8, method="flow",
-            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24, overlap=True)        # its GenEval run; ours: this
+            ema_every=8, method="flow",                               # Flow-GRPO's GenEval run; the next line is ours
+            minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24, overlap=True)
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
