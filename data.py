@@ -1794,12 +1794,12 @@ def verdict(cfg, rows, values):
     gold_error: the same of --gold-reward; others: the means of all other rewards, if there are any. Raises ValueError
     if a reward failed on more than a tenth.
     """
-    def mean(name):
+    def mean_and_error(name):
         seen = values[name][~values[name].isnan()]
         return seen.mean().item(), seen.std(correction=0).item() / math.sqrt(len(seen))
     values = {name: masked(name, value) for name, value in values.items()}
     tags = [row.get("tag", "all") for row in rows]
-    row = {**dict(zip(("eval", "eval_error"), mean(cfg.eval_reward))),
+    row = {**dict(zip(("eval", "eval_error"), mean_and_error(cfg.eval_reward))),
            "tags": {tag: round(values[cfg.eval_reward][[t == tag for t in tags]].nanmean().item(), 4)
                     for tag in dict.fromkeys(tags)}}
     others = {name: value.nanmean().item() for name, value in values.items()
@@ -1807,7 +1807,7 @@ def verdict(cfg, rows, values):
     if others:
         row["others"] = others
     if cfg.gold_reward in values:
-        row |= dict(zip(("eval_gold", "gold_error"), mean(cfg.gold_reward)))
+        row |= dict(zip(("eval_gold", "gold_error"), mean_and_error(cfg.gold_reward)))
     return row
 
 

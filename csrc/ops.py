@@ -109,7 +109,7 @@ def linear_step(x, cond=None, a=1.0, b=0.0, std=0.0, uncond=None, scale=1.0, w=N
     given = sum(part is not None for part in (eps, key, x_next))
     if std < 0 or given > 1 or bool(std) > given:
         raise ValueError(f"linear_step: std={std} with {given} of eps, key and x_next: a step with noise takes one.")
-    scale = 1.0 if uncond is None else scale                             # of the gradients, too
+    scale = 1.0 if uncond is None else scale                             # the backward pass multiplies by it
     if not compiled(x):
         return linear_step_ref(x, cond, a, b, std, uncond, scale, w, c, eps, key, x_next, mean)
     out, logp = call(lib.linear_step, x, cond, uncond, w, eps, x_next, a, b, scale, c, std, key or (), mean)

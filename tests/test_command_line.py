@@ -16,18 +16,9 @@ import grpo
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("alone")
 BAR = ("dgpo: ", "grpo: ")                                             # how a line of the progress bar starts
 BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    import signal
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

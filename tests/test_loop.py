@@ -24,21 +24,10 @@ import models
 import slas
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("alone")
 BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
 SMALL = dict(groups=2, group_size=4, sample_steps=4, eval_steps=2, eval_images=6, val_images=4, eval_every=0, steps=2,
              cfg_also=0, minutes=60, lr=1e-3)
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """A folder of its own, one thread (as the processes below have), and the signals as they were."""
-    monkeypatch.chdir(tmp_path)
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

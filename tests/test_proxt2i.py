@@ -373,6 +373,20 @@ def test_overlap_changes_no_number(fresh, tmp_path, capsys, monkeypatch, reward_
     assert rows == plain and rows[1]["reward"] != 0 and all(map(torch.equal, params, others))
 
 
+def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """Not those of the rollout's own number of steps alone: a draw for every update; none with --hold 0."""
+    monkeypatch.chdir(tmp_path)
+    seen, honest = [], proxt2i.hold_error
+    monkeypatch.setattr(proxt2i, "hold_error", lambda *args: seen.append(args[5]) or honest(*args))
+    line = ["rl", "--model", fresh / "prox", "--steps", 4, "--groups", 2, "--group-size", 2, "--updates", 2,
+            "--sample-steps", 3, "--candidates", "4,6,25", "--reward", f"{reward_file}:red", "--eval-reward",
+            f"{reward_file}:red", *SMALL]
+    run([*line, "--out", "held"], capsys)
+    assert len(seen) == 8 and set(seen) == {4, 6, 25}
+    run([*line, "--hold", 0, "--out", "free"], capsys)
+    assert len(seen) == 8
+
+
 @pytest.mark.parametrize("method", ("prox", "score"))
 def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

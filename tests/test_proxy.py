@@ -18,7 +18,9 @@ import grpo                                                            # noqa: E
 import models                                                          # noqa: E402
 import rewards                                                         # noqa: E402
 from test_command_line import refused, small                           # noqa: E402, F401 (fixtures)
-from test_loop import alone, flags, run, without_seconds               # noqa: E402, F401
+from test_loop import flags, run, without_seconds                      # noqa: E402, F401
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 TINY_CLIP = Path(__file__).resolve().parent / "tiny-clip"
 torch.set_num_threads(1)

@@ -26,19 +26,8 @@ import grpo
 import race
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("alone")
 MODULES = {"grpo.py": "train", "slas.py": "train", "dgpo.py": "train", "proxt2i.py": "train_rl"}   # what main starts
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """A folder of its own, one thread, and the signals as they were."""
-    monkeypatch.chdir(tmp_path)
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ============================================================================================================ learning

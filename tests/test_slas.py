@@ -17,10 +17,11 @@ import rewards
 import slas
 import spread
 import test_command_line
-from test_command_line import alone, refused, small                    # noqa: F401 (fixtures)
+from test_command_line import refused, small                           # noqa: F401 (fixtures)
 from test_loop import flags, process, run, same, without_seconds       # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("alone")
 GAMMAS = (0.0, .5, 1.0, 2.0)
 
 
