@@ -73,7 +73,7 @@ def figures(prompts=24, group_size=24):
 def test_it_is_small_and_transformers_reads_it():
     from transformers import CLIPModel
     assert sum(file.stat().st_size for file in TINY_CLIP.iterdir()) < 2 ** 20
-    ours, theirs = rewards.CLIP.from_pretrained(TINY_CLIP), CLIPModel.from_pretrained(TINY_CLIP).float().eval()
+    theirs = CLIPModel.from_pretrained(TINY_CLIP).float().eval()
     metas, images = scenes()
     ids = models.CLIPTokenizer(TINY_CLIP)([meta["prompt"] for meta in metas[:9]])
     with torch.no_grad():
