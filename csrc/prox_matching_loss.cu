@@ -12,8 +12,7 @@ template <typename A> struct Loss {
     A *loss, *weight;
     double by;                                                             // 1 / (d zeta^2)
     __device__ void operator()(int64_t row, double sum) const {
-        A q = A(sum * by);
-        loss[row] = -expm1(-q), weight[row] = exp(-q);
+        loss[row] = A(-expm1(-sum * by)), weight[row] = A(exp(-sum * by));
     }
 };
 
