@@ -1358,6 +1358,7 @@ class Run:
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
         self.shards = None                                            # name of the last checkpoint's
+        self.laps, self.mark = {}, time.perf_counter()                # seconds of this step by what they went into
         if self.state:
             self.count, self.norms = self.state["count"], self.state["norms"]
             self.shards = self.state.get("shards")
@@ -1494,12 +1495,26 @@ class Run:
             self.norms = (self.norms + [norm] * (norm > 0))[-50:]     # a median of 0 would skip all that follow
         opt.zero_grad(set_to_none=True)
         self.count["updates"] += 1
+        self.lap("update")
         return norm
+
+    def lap(self, name):
+        """The seconds since the last lap went into `name`: rollout, reward, update or rest. A GPU's work is waited for."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.mark
+        self.mark = now
 
     # -- what is written ----------------------------------------------------------------------------------------------
 
     def log(self, row):
-        """Append one line to metrics.jsonl: the counters, then the row."""
+        """Append one line to metrics.jsonl: the counters, then the row; and one to times.jsonl, the laps since the last.
+
+        Two files, so that all of metrics.jsonl but `seconds` and `memory` is a function of the seed.
+        """
+        self.lap("rest")
+        times, self.laps = {"step": self.count["step"], **{k: round(v, 4) for k, v in self.laps.items()}}, {}
         self.count["seconds"] = round(time.time() - self.start, 3)
         memory = {"memory": torch.cuda.max_memory_allocated() / 1e9} if self.device.type == "cuda" else {}     # GB
         if self.rank == 0:
@@ -1509,6 +1524,8 @@ class Run:
                    for key, v in {**self.count, **row, **memory}.items()}
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
+            with open(self.out / "times.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(times) + "\n")
 
     def _parted(self, row):
         """Do proxy and gold part ways in this row of an evaluation? Said where the last evaluation's did not say so."""
@@ -1731,7 +1748,9 @@ class Scoring:
         self.chunks.append(images)                                    # kept: no other stream may take its memory yet
         made = torch.cuda.current_stream(self.run.device).record_event() if self.stream else None
         if not self.thread:
+            self.run.lap("rollout")
             self.parts.append(self._score(images, prompts, metas, made))
+            self.run.lap("reward")
             return
         for part in self.parts:
             if part.done():
@@ -1755,7 +1774,9 @@ class Scoring:
         Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of all images.
         """
         run, images = self.run, torch.cat(self.chunks)
+        run.lap("rollout" if self.thread else "reward")
         parts = [part.result() if self.thread else part for part in self.parts]
+        run.lap("reward")                                              # by a thread: what was waited for
         reward, values, unparsed = zip(*parts)
         self.values = {name: torch.cat([value[name] for value in values]) for name in values[0]}
         self.unparsed = {name: sum(share[name] * len(x) for share, x in zip(unparsed, self.chunks)) / len(images)

@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 
 import numpy as np
 import torch
@@ -114,7 +115,8 @@ def patch():
                     }.items():
         setattr(T, name, f)
     for name, value in {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True,
-                        "max_memory_allocated": 0, "mem_get_info": (0, 2 ** 37)}.items():
+                        "max_memory_allocated": 0, "mem_get_info": (0, 2 ** 37),
+                        "current_stream": types.SimpleNamespace(synchronize=lambda: None)}.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
     torch.cuda.stream = contextlib.nullcontext
     torch.tensor = lambda x, *args, device=None, **settings: tensor(x, *args, **settings).to(device or "cpu")

@@ -102,7 +102,7 @@ def test_the_share_that_is_not_read_is_logged(server):
     """The light image's answer has no number in it: NaN, left out of the mean, and one of twelve in the row."""
     server.answer = lambda body, image, n: (200, "What is it?" if image.getpixel((0, 0))[0] > 200 else "Score: 4")
     for overlap in (True, False):
-        run = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, constant=True,
+        run = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, constant=True, lap=id,
                                     cfg=types.SimpleNamespace(reward="vlm:0.5", overlap=overlap))
         scoring = data.Scoring(run, rewards.load("vlm:0.5"))
         for levels in ((9, 20, 255, 30), range(10, 90, 10)):           # two chunks, of 4 images and of 8

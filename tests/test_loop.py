@@ -133,7 +133,7 @@ def scoring_of(score, overlap, device="cpu"):
     """data.Scoring of one process, and what it says in a list."""
     said = []
     run = types.SimpleNamespace(device=torch.device(device), constant=False, gather=lambda x: x, say=said.append,
-                                cfg=types.SimpleNamespace(reward="mine", overlap=overlap))
+                                lap=id, cfg=types.SimpleNamespace(reward="mine", overlap=overlap))
     return data.Scoring(run, score), said
 
 
@@ -352,6 +352,13 @@ def test_outputs(module, flags, random_model):
     assert {"reward", "failed", "loss", "kl", "grad_norm", "stats"} <= set(rows[1])
     saved = json.loads(Path("out/config.json").read_text())
     assert saved["steps"] == 3 and set(saved) == set(module.Config.__dataclass_fields__)
+    times = [json.loads(line) for line in Path("out/times.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in times] == [row["step"] for row in rows]
+    for row, before, after in zip(times[1:], rows, rows[1:]):          # the laps are all of the time there is
+        taken = sum(value for key, value in row.items() if key != "step")
+        assert taken == pytest.approx(after["seconds"] - before["seconds"], abs=.02)
+    assert all(set(row) == {"step", "rollout", "reward", "update", "rest"} and min(row.values()) > 0
+               for row in times[1:4])
     assert Path("out/samples/before_after.png").stat().st_size > 1000
     net = models.MMDiT.from_pretrained("out/transformer")              # the moving average, which was evaluated
     assert all(torch.equal(p, e) for p, e in zip(net.parameters(), state["ema"]))
