@@ -1499,7 +1499,7 @@ class Run:
         return norm
 
     def lap(self, name):
-        """The seconds since the last lap went into `name`: rollout, reward, update or rest. A GPU's work is waited for."""
+        """The seconds since the last lap went into `name`: rollout, reward, update, rest. A GPU's work is waited for."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         now = time.perf_counter()
@@ -1509,7 +1509,7 @@ class Run:
     # -- what is written ----------------------------------------------------------------------------------------------
 
     def log(self, row):
-        """Append one line to metrics.jsonl: the counters, then the row; and one to times.jsonl, the laps since the last.
+        """Append a line to metrics.jsonl, the counters and the row, and one to times.jsonl, the laps since the last.
 
         Two files, so that all of metrics.jsonl but `seconds` and `memory` is a function of the seed.
         """

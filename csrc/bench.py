@@ -3,7 +3,8 @@
     python csrc/bench.py                # the twins and, once built, the compiled ops; CPU, and a GPU if there is one
     python csrc/bench.py --compile      # torch.compile of the twins as well
     python csrc/bench.py --quick        # one dtype, for a look
-    python csrc/bench.py model          # a rollout with its update, full-size models with random weights, on a GPU
+    python csrc/bench.py model          # a rollout and its update, full-size models with random weights, on a GPU, also
+                                        # by diffusers and peft; --quick: the first; model sd35m: this one alone
     python csrc/bench.py rewards        # every reward: small random networks on the CPU, full-size ones on a GPU
 
 A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
@@ -128,43 +129,58 @@ def measure_cuda(f, sets, pick, calls=100):
     return pick(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
 
 
-# script, model, one GPU's GB: LoRA at 512 px, the settings of --preset official but for one group of 24 (flux: 12)
-MODEL_RUNS = [("dgpo", "sd35m", 24), ("dgpo", "sd35m", 80), ("dgpo", "sd35m", 141), ("grpo", "sd35m", 24),
-              ("grpo", "sd35m", 80), ("dgpo", "flux", 48), ("dgpo", "flux", 141), ("grpo", "flux", 48)]
+# script, model, one GPU's GB, and what is set beside it: LoRA at 512 px, the settings of --preset official, one group
+PEERS = ("bfloat16", "released")                                         # csrc/peer.py's: diffusers and peft
+MODEL_RUNS = [("dgpo", "sd35m", 80, PEERS), ("grpo", "sd35m", 80, PEERS), ("dgpo", "sd35m", 24, ()),
+              ("dgpo", "sd35m", 141, PEERS), ("dgpo", "flux", 141, PEERS), ("grpo", "flux", 141, PEERS),
+              ("dgpo", "flux", 48, ()), ("dgpo", "sd14", 80, PEERS), ("grpo", "sd14", 80, PEERS),
+              ("proxt2i", "uvit", 80, ())]
+MODEL_COLUMNS = "script   model   plan GB   network  rollout  update  step s  peak GB   (rollout, update: images/s)"
 
 
 def model(runs=MODEL_RUNS, extra=()):
-    """Print seconds of a step (24 images rolled out, scored by a constant, trained on) and the peak memory of each run.
+    """Print images a second of a rollout (with decoding) and of its update, a step's seconds and the peak memory.
 
-    Every run is the script itself on random weights (--init random), in a process of its own; its second step counts.
-    extra: more flags. Returns rows (script, model, GB, seconds, images a second, peak GB), None where one failed.
+    A run is the script itself on random weights (--init random), a constant for a reward, in a process of its own; its
+    second step counts. Beside it, by csrc/peer.py, the same on diffusers' network and peft's LoRA. extra: more flags.
+    Returns rows as dicts of the columns' names, seconds None where a run failed.
     """
-    root, rows = pathlib.Path(__file__).resolve().parent.parent, []
-    print(f"{'script':8}{'model':8}{'--gpu-memory':>13}{'s a step':>10}{'images/s':>10}{'peak GB':>9}", flush=True)
-    for script, name, gigabytes in runs:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
-            (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
-            (folder / "prompts.txt").write_text("a photo of a bench\n")
-            size = 12 if name == "flux" else 24
-            flags = dict(model=name, init="random", gpu_memory=gigabytes, steps=2, groups=1, group_size=size, updates=1,
-                         resolution=512, lora_rank=64, eval_every=0, eval_images=1, val_images=1, cfg_also=0,
-                         eval_steps=1, prompts=folder / "prompts.txt", reward=f"{folder / 'reward.py'}:noise",
-                         eval_reward=f"{folder / 'reward.py'}:noise", out=folder / "out")
-            flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
-            line = [word for key, value in flags.items() for word in
-                    ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
-            done = subprocess.run([sys.executable, root / f"{script}.py", *line, *map(str, extra)], cwd=folder,
-                                  capture_output=True, text=True, env=os.environ)
-            if done.returncode:
-                print(f"{script:8}{name:8}{gigabytes:>13}  failed: {done.stderr.strip()[-300:]}", flush=True)
-                rows.append((script, name, gigabytes, None, None, None))
-                continue
-            steps = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-            seconds, peak = steps[2]["seconds"] - steps[1]["seconds"], steps[2].get("memory", 0.0)
-            rows.append((script, name, gigabytes, seconds, size / seconds, peak))
-            print(f"{script:8}{name:8}{gigabytes:>13}{seconds:>10.2f}{size / seconds:>10.2f}{peak:>9.1f}", flush=True)
+    rows = []
+    print(MODEL_COLUMNS, flush=True)
+    for script, name, gigabytes, peers in runs:
+        for how in ("ours", *peers):
+            row = dict(script=script, model=name, gigabytes=gigabytes, network=how, **measured(
+                script, name, gigabytes, how, extra))
+            rows.append(row)
+            figures = "  failed: {error}" if row["seconds"] is None else \
+                "{rollout:>9.2f}{update:>8.2f}{seconds:>8.2f}{peak:>9.1f}"
+            print(f"{script:9}{pathlib.Path(name).name:7}{gigabytes:>8}{how:>10}{figures.format(**row)}", flush=True)
     return rows
+
+
+def measured(script, name, gigabytes, how, extra=()):
+    """One of model's runs: its images a second, seconds and peak memory, or None and an error."""
+    root, size = pathlib.Path(__file__).resolve().parent.parent, 12 if name == "flux" else 24
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
+        (folder / "prompts.txt").write_text("a photo of a bench\n")
+        reward = f"{folder / 'reward.py'}:noise"
+        flags = dict(model=name, init="random", gpu_memory=gigabytes, steps=2, groups=1, group_size=size, updates=1,
+                     resolution=512, lora_rank=64, eval_every=0, eval_images=1, val_images=1, cfg_also=0, eval_steps=1,
+                     prompts=folder / "prompts.txt", reward=reward, eval_reward=reward, out=folder / "out")
+        flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
+        line = [word for key, value in flags.items() for word in
+                ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
+        start = [root / "csrc" / "peer.py", how, script] if how != "ours" else [root / f"{script}.py"]
+        done = subprocess.run([sys.executable, *start, *["rl"] * (script == "proxt2i"), *line, *map(str, extra)],
+                              cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            return dict(seconds=None, error=done.stderr.strip()[-300:])
+        taken, steps = ([json.loads(row) for row in (folder / "out" / file).read_text().splitlines()][2]
+                        for file in ("times.jsonl", "metrics.jsonl"))
+        return dict(rollout=size / taken["rollout"], update=size / taken["update"], peak=steps.get("memory", 0.0),
+                    seconds=sum(value for key, value in taken.items() if key != "step"))
 
 
 # The tests' small networks, by the names of rewards.py's classes' options.
@@ -289,13 +305,18 @@ def call_time(f, device, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["ops", "model", "rewards"], default="ops")
+    parser.add_argument("only", nargs="*", help="of model: sd35m, flux, sd14, uvit; all of them if none is named")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
-    parser.add_argument("--quick", action="store_true", help="float32 only; of rewards, three calls each")
+    parser.add_argument("--quick", action="store_true", help="ops: float32 only; rewards: three calls; "
+                        "model: the first run of the list and one peer")
     args = parser.parse_args()
     if args.what == "model":
         if not torch.cuda.is_available():
             sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours")
-        sys.exit(any(row[3] is None for row in model()))
+        gigabytes = torch.cuda.mem_get_info()[1] / 2 ** 30 * 1.1         # as data.py: 44.5 GiB is 48 GB
+        runs = [run for run in MODEL_RUNS if run[2] <= gigabytes and (not args.only or run[1] in args.only)]
+        runs = [(*run[:3], run[3][:1]) for run in runs[:1]] if args.quick else runs
+        sys.exit(any(row["seconds"] is None for row in model(runs)))
     if args.what == "rewards":
         seconds = 0 if args.quick else 3
         score("cpu", True, 4, seconds)

@@ -440,6 +440,59 @@ def test_random_weights(module, family, train, folder, tmp_path):
     assert len(run.rows) == 4 and (run.out / ("unet" if family == "sd14" else "transformer")).is_dir()
 
 
+# ============================================================================================================= the peer
+
+def peer(how, module, line, out):
+    """The same script on diffusers' network and peft's LoRA, in a process of its own."""
+    done = subprocess.run([sys.executable, ROOT / "csrc" / "peer.py", how, module.__name__, *line],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return result(out, done.stdout)
+
+
+@BOTH
+@FAMILIES
+def test_diffusers_and_peft_do_the_same_work(module, family, flags, train):
+    """csrc/peer.py, which benchmarks are set beside: the same images, losses, passes and count of trained parameters."""
+    more = dict(lora_rank=4, updates=1, checkpointing=True, dtype="float32", **(
+        dict(clip_range=.5, ref="start", hold=0) if module is dgpo else dict(kl_beta=.1)))
+    ours = train(module, family, **more)
+    theirs = peer("bfloat16", module, flags(family, out="peer", **more), "peer")
+    trained = [re.search(r"([\d,]+) trained parameters", run.said).group(1) for run in (ours, theirs)]
+    assert trained[0] == trained[1] and len(theirs.rows) == len(ours.rows) == 4
+    for key in ("forwards", "backwards", "reward", "loss", "kl"):      # before the first update: B is 0
+        assert theirs.rows[1][key] == pytest.approx(ours.rows[1][key], rel=1e-4, abs=1e-5), key
+
+
+def test_the_peer_holds_its_weights_as_the_released_code(flags):
+    """In float32, the LoRA, too; what it computes differs by bf16's rounding."""
+    more = dict(lora_rank=4, dtype="bfloat16", eval_images=8)
+    lean, released = (peer(how, dgpo, flags("sd3", out=how, **more), how) for how in ("bfloat16", "released"))
+    assert [run.rows[-1]["forwards"] for run in (lean, released)] == [lean.rows[-1]["forwards"]] * 2
+    assert released.rows[1]["reward"] == pytest.approx(lean.rows[1]["reward"], abs=.05)
+    assert released.rows[1]["reward"] != lean.rows[1]["reward"]
+
+
+def test_the_benchmark_of_models_runs_ours_and_theirs(folder):
+    code = f"""import sys; sys.path[:0] = ["{ROOT}/csrc", "{ROOT}"]
+import bench, json
+few = ["--group-size", 4, "--micro-batch", 4, "--lora-rank", 4, "--sample-steps", 2]
+small = [*few, "--resolution", 32, "--text-length", 8]
+rows = bench.model([("dgpo", "{folder}/sd3", 80, bench.PEERS)], small)
+rows += bench.model([("proxt2i", "{ROOT}/tests/tiny-prox", 80, ())], [*few, "--resolution", 28])
+rows += bench.model([("dgpo", "{folder}/sd3", 80, ())], [*small, "--dtype", "float16"])
+print(json.dumps(rows))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *rows, wrong = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["script"], row["network"]) for row in rows] == [
+        ("dgpo", "ours"), ("dgpo", "bfloat16"), ("dgpo", "released"), ("proxt2i", "ours")]
+    for row in rows:                                                   # of 24 images, for which the table divides
+        assert row["seconds"] is not None, row["error"]
+        assert 24 / row["rollout"] + 24 / row["update"] <= row["seconds"] + .01
+    assert wrong["seconds"] is None and "--dtype 'float16'" in wrong["error"]
+
+
 # =========================================================================================================== bad input
 
 @pytest.fixture
