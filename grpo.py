@@ -413,7 +413,7 @@ def train(cfg):
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     # == same: set-up (dgpo grpo proxt2i slas) ==
     ema = [p.clone() for p in start] if cfg.ema else None
-    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
     scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)

@@ -521,7 +521,7 @@ def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
     """Run.update on its own: norms 1, then 19 (taken, clipped to 1), 21 and inf (skipped), each beside a median of
     1."""
     run = data.Run.__new__(data.Run)
-    run.rank, run.world, run.norms, run.count = 0, 1, [1.0] * 10, {"updates": 0, "skipped": 0}
+    run.rank, run.world, run.norms, run.lap, run.count = 0, 1, [1.0] * 10, id, {"updates": 0, "skipped": 0}
     p = torch.nn.Parameter(torch.zeros(2))
     opt, skipped = torch.optim.SGD([p], lr=1.0), []
     for norm in (1.0, 19.0, 21.0, math.inf, math.nan, 1.0):
