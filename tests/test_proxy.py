@@ -119,6 +119,16 @@ def test_it_agrees_a_little_with_the_verifier_on_the_models_samples():
 
 # ======================================================================================================= how it learns
 
+def test_its_noisy_twin():
+    """tests/noisy.py: as much noise as the reward spreads within a prompt, the same for the same images."""
+    metas = data.draw_prompts(data.world_prompts("test"), 200, "noise")
+    images, prompts = data.render(metas, 0, 28), [meta["prompt"] for meta in metas]
+    noisy = rewards.load(f"{TINY_CLIP.parent / 'noisy.py'}:score")
+    noise = noisy(images, prompts, metas) - score(images, metas)
+    assert noise.std().item() == pytest.approx(.1, rel=.15) and abs(noise.mean().item()) < .02
+    assert torch.equal(noisy(images, prompts, metas), noisy(images, prompts, metas))
+
+
 def test_contrastive_loss_against_cross_entropy_and_a_loop():
     cosine, scale = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 3.0
     right = torch.arange(6)
