@@ -1262,9 +1262,6 @@ def check_common(cfg):
         raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
     if cfg.fsdp and cfg.compile:
         raise ValueError("--fsdp and --compile together are untested: choose one of them")
-    if cfg.merge_lora and cfg.compile and cfg.lora_rank:
-        raise ValueError("--merge-lora (on in dgpo.py's public presets) changes the layers that --compile has "
-                         "compiled: try --no-merge-lora")
 
 
 def load_policy(cfg, run, fresh=False):

@@ -306,6 +306,33 @@ def test_compiled_blocks_stay_compiled(flags, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_compiled_blocks_know_whether_the_lora_is_merged(flags, monkeypatch):
+    """Each block is compiled for both, once, and computes what it does uncompiled, after updates, too."""
+    compile, graphs = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(
+        block, backend=lambda graph, _: graphs.append(1) or graph.forward))
+    torch._dynamo.reset()
+    answers = []
+    for on in (False, True):
+        cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags("sd3", lora_rank=2, compile=on))
+        torch.manual_seed(0)
+        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu")))
+        x, ctx = torch.randn(2, *pipe.latent_shape(32)).double(), pipe.encode_text(["a red circle"] * 2)
+        for update in range(3):
+            for p in params:
+                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(update), dtype=p.dtype)
+            for merge in (False, True):
+                with torch.no_grad(), models.merged(pipe.net, merge):
+                    answers.append(dgpo.guided(pipe.net, x, .5, ctx, None, 1))
+            if on and update == 0:
+                once = len(graphs)
+    assert len(graphs) == once > 1
+    for plain, compiled in zip(answers, answers[6:]):
+        assert torch.allclose(plain, compiled, rtol=1e-12, atol=1e-12)
+    assert (answers[0] - answers[1]).abs().max() < 1e-10 < 1e-3 < (answers[0] - answers[2]).abs().max()
+    torch._dynamo.reset()
+
+
 @BOTH
 def test_offload(module, train, monkeypatch):
     """The VAE waits on the CPU and is fetched for each decoding: the same bits."""
@@ -516,7 +543,6 @@ def test_what_a_model_cannot_do(module, flags, refused, monkeypatch):
     refused(module, flags("sd14", solver="euler"), "--solver euler", "sd14", "--solver ddim")
     refused(module, flags("sd3", schedule="ddim"), "--schedule ddim", "sd3", "--schedule linear")
     refused(module, flags("sd14", shift=3.0), "--shift 3", "sd14")
-    refused(module, flags("sd3", lora_rank=2, merge_lora=True, compile=True), "--no-merge-lora")
     refused(module, flags("flux", gpu_memory=24), "--gpu-memory 24", "--gpu-memory 48")
     for family in pipelines.FAMILIES:
         refused(module, flags(family, resolution=33), "resolution=33", "multiple of 4" if family == "sd14" else "of 8")
