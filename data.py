@@ -1429,6 +1429,11 @@ class Run:
                 write_atomic(self.out / "config.json", settings.encode())
             with open(self.out / "metrics.jsonl", "ab") as f:
                 f.truncate(self.state["written"] if self.state else 0)
+            times, kept = self.out / "times.jsonl", {}
+            for row in times.read_text().splitlines() if times.exists() else []:
+                if row.endswith("}") and json.loads(row)["step"] <= self.count["step"]:
+                    kept.setdefault(json.loads(row)["step"], row)
+            times.write_text("".join(f"{row}\n" for row in kept.values()))
 
     def say(self, text):
         """Print on the first process, above the progress bar."""

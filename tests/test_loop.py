@@ -303,10 +303,14 @@ def test_kill_9_at_random_moments_and_resume(module, flags):
 def test_resume_goes_on_with_more_steps(module, flags):
     _, rows, state = run(module, flags(out="whole", steps=4))
     run(module, flags(out="parts", steps=1))
+    with open("parts/times.jsonl", "a") as file:
+        file.write('{"step": 2, "rest": 1.0}\n{"step": 3, "ro')            # of steps that a kill has lost
     last, again, other = run(module, flags(out="parts", steps=4) + ["--resume"])
     assert same(state, other) and without_seconds(again) == without_seconds(rows) and last["steps"] == 4
     seconds = [row["seconds"] for row in again]
     assert seconds == sorted(seconds)
+    times = [json.loads(line) for line in Path("parts/times.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in times] == [0, 1, 2, 3, 4, 4] and all("update" in row for row in times[1:5])
 
 
 @BOTH
