@@ -1501,7 +1501,7 @@ class Run:
         return norm
 
     def lap(self, name):
-        """The seconds since the last lap went into `name`: rollout, reward, update, rest. A GPU's work is waited for."""
+        """The seconds since the last lap went into `name`: rollout, reward, update, rest. A GPU is waited for."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         now = time.perf_counter()
@@ -1991,22 +1991,53 @@ def restore(params, values):
             p.copy_(value)
 
 
-def finish(run, pipe, params, start, trained, rows, judges, evaluate, sample):
+def evaluate(sample, pipe, rows, judges, cfg, run, scale):
+    """What one image per row scores, each row's noise fixed, rows shared out over the processes.
+
+    sample(pipe, prompts, keys, cfg, scale) -> images (B, 3, H, W): the algorithm file's own. judges: {name: score} of
+    --eval-reward and --gold-reward. Returns a row of metrics, as verdict does.
+    """
+    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(judges), len(rows), dtype=torch.float64)
+    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
+        some = own[k:k + cfg.micro_batch] or own[:1]
+        prompts = [rows[i]["prompt"] for i in some]
+        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
+        for name, values in zip(judges, total):
+            values[some] = scored(name, judges[name], images, prompts, [rows[i] for i in some]).double().cpu()
+    return verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
+
+
+def validate(sample, pipe, val, judges, cfg, run):
+    """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
+    sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
+    return evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
+
+
+def log_start(sample, pipe, val, judges, cfg, run):
+    """The first row of a new run's metrics.jsonl: the score before training."""
+    row = validate(sample, pipe, val, judges, cfg, run) if cfg.eval_every else {}
+    if row:
+        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
+                f"{cfg.cfg_eval:g}")
+    run.log(row)
+
+
+def finish(run, pipe, params, start, trained, rows, judges, sample):
     """End a run: evaluate before and after on test prompts, draw both, write the weights, print the final JSON line.
 
     start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
-    evaluate, sample: the algorithm file's own. The second guidance scale, cfg_also, is evaluated for both.
+    sample: as evaluate takes it. The second guidance scale, cfg_also, is evaluated for both.
     """
     import models
     cfg, seconds = run.cfg, time.time() - run.start
     row, tags = {}, {}
     for when, weights in (("before", start), ("after", trained)):
         with models.using(params, weights):
-            result = evaluate(pipe, rows, judges, cfg, run, cfg.cfg_eval)
+            result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
             tags[when] = result["tags"]
             row |= {f"{key}_{when}": result[key] for key in ("eval", "eval_gold") if key in result}
             if cfg.cfg_also:
-                row[f"also_{when}"] = evaluate(pipe, rows, judges, cfg, run, cfg.cfg_also)["eval"]
+                row[f"also_{when}"] = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_also)["eval"]
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])

@@ -323,38 +323,6 @@ def sample(pipe, prompts, keys, cfg, scale):
 # == end ==
 
 
-# == same: evaluate (dgpo grpo proxt2i slas) ==
-def evaluate(pipe, rows, judges, cfg, run, scale):
-    """What one image per row scores, each row's noise fixed, rows shared out over the processes.
-
-    judges: {name: score} of --eval-reward and --gold-reward. Returns a row of metrics, as data.verdict does.
-    """
-    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(judges), len(rows), dtype=torch.float64)
-    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
-        some = own[k:k + cfg.micro_batch] or own[:1]
-        prompts = [rows[i]["prompt"] for i in some]
-        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
-        for name, values in zip(judges, total):
-            values[some] = data.scored(name, judges[name], images, prompts, [rows[i] for i in some]).double().cpu()
-    return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
-
-
-def validate(pipe, val, judges, cfg, run):
-    """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
-    data.sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-    return evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
-
-
-def log_start(pipe, val, judges, cfg, run):
-    """The first row of a new run's metrics.jsonl: the score before training."""
-    row = validate(pipe, val, judges, cfg, run) if cfg.eval_every else {}
-    if row:
-        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
-                f"{cfg.cfg_eval:g}")
-    run.log(row)
-# == end ==
-
-
 # == same: rollout (grpo slas) ==
 def sde_kind(pipe, cfg):
     """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError: a misfit."""
@@ -438,7 +406,7 @@ def train(cfg):
 
     run.restore(params, ema, opt)
     if not run.state:
-        log_start(pipe, val, judges, cfg, run)
+        data.log_start(sample, pipe, val, judges, cfg, run)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(x, i, part, scale):
@@ -522,7 +490,7 @@ def train(cfg):
                "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= validate(pipe, val, judges, cfg, run)
+                row |= data.validate(sample, pipe, val, judges, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -530,7 +498,7 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, sample)
 
 
 def main(argv=None):

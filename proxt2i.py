@@ -438,38 +438,6 @@ def sample(pipe, prompts, keys, cfg, scale):
     return torch.cat(images)
 
 
-# == same: evaluate (dgpo grpo proxt2i slas) ==
-def evaluate(pipe, rows, judges, cfg, run, scale):
-    """What one image per row scores, each row's noise fixed, rows shared out over the processes.
-
-    judges: {name: score} of --eval-reward and --gold-reward. Returns a row of metrics, as data.verdict does.
-    """
-    own, total = list(range(run.rank, len(rows), run.world)), torch.zeros(len(judges), len(rows), dtype=torch.float64)
-    for k in range(0, -(-len(rows) // run.world), cfg.micro_batch):    # as often on every process, as shards ask for
-        some = own[k:k + cfg.micro_batch] or own[:1]
-        prompts = [rows[i]["prompt"] for i in some]
-        images = sample(pipe, prompts, [("eval", i) for i in some], cfg, scale)
-        for name, values in zip(judges, total):
-            values[some] = data.scored(name, judges[name], images, prompts, [rows[i] for i in some]).double().cpu()
-    return data.verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
-
-
-def validate(pipe, val, judges, cfg, run):
-    """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
-    data.sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-    return evaluate(pipe, val, judges, cfg, run, cfg.cfg_eval)
-
-
-def log_start(pipe, val, judges, cfg, run):
-    """The first row of a new run's metrics.jsonl: the score before training."""
-    row = validate(pipe, val, judges, cfg, run) if cfg.eval_every else {}
-    if row:
-        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
-                f"{cfg.cfg_eval:g}")
-    run.log(row)
-# == end ==
-
-
 def kernel(method, answer, state, k, n):
     """The Gaussian that the chain's next state is drawn from, Eq. (7): its mean (B, C, H, W) and std, a float.
 
@@ -625,7 +593,7 @@ def train(cfg):
             row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
             if look:
                 with models.using(params, ema):
-                    row |= validate(pipe, val, judges, cfg, run)
+                    row |= data.validate(sample, pipe, val, judges, cfg, run)
             run.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
         if run.count["step"] % cfg.save_every == 0:
@@ -633,7 +601,7 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt, stream)
-    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, sample)
 
 
 def train_rl(cfg):
@@ -667,7 +635,7 @@ def train_rl(cfg):
     null = pipe.encode_text([""])
     run.restore(params, ema, opt)
     if not run.state:
-        log_start(pipe, val, judges, cfg, run)
+        data.log_start(sample, pipe, val, judges, cfg, run)
     candidates = counts("candidates", cfg.candidates)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
@@ -758,7 +726,7 @@ def train_rl(cfg):
                "rewards": scoring.terms()}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= validate(pipe, val, judges, cfg, run)
+                row |= data.validate(sample, pipe, val, judges, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -766,7 +734,7 @@ def train_rl(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, judges, evaluate, sample)
+    data.finish(run, pipe, params, start, ema, test, judges, sample)
 
 
 # ============================================================================================================ compare
@@ -781,7 +749,7 @@ def sample_stage(cfg):
     if cfg.method == "prox":
         warn_of_steps(cfg, run, "--eval-steps", [cfg.eval_steps])
     run.begin()
-    row = evaluate(pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
+    row = data.evaluate(sample, pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
     data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
@@ -825,7 +793,7 @@ def compare(cfg):
         for name, one, pipe in lines:
             for n in steps:
                 one = replace(one, eval_steps=n)
-                row = evaluate(pipe, rows, judges, one, run, one.cfg_eval)
+                row = data.evaluate(sample, pipe, rows, judges, one, run, one.cfg_eval)
                 for reward in judges:
                     table[reward][name, n] = row["eval"] if reward == cfg.eval_reward else (
                         row["eval_gold"] if reward == cfg.gold_reward else row["others"][reward])

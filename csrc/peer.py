@@ -15,7 +15,6 @@ import peft
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 import models  # noqa: E402
 
 

@@ -1,6 +1,6 @@
 """The race: every method on the same prompts, reward and evaluation, against updates, images, network passes, seconds.
 
-    python tests/race.py --tune                              # three settings a method, chosen on validation prompts
+    python tests/race.py --tune --minutes 8                  # three settings a method, chosen on validation prompts
     python tests/race.py --seeds 3 --minutes 8               # the race, each method by its choice
     python tests/race.py --methods dgpo --variants all --rollouts 60 --jobs 2 --dtype bfloat16
     python tests/race.py --table                             # from the csv alone: a table and pictures of each race
@@ -143,8 +143,8 @@ def points(run, folder):
     if run["variant"] != "tune":
         found += [("test", row, end[f"eval_gold_{when}"], end[f"eval_{when}"])
                   for row, when in ((val[0], "before"), (end, "after"))]
-    return [{**run, **{key: row[key] for key in ("step", *AXES)}, "split": split, "strict": strict, "proxy": proxy}
-            for split, row, strict, proxy in found]
+    return [{**run, **{key: round(row[key], 3) for key in ("step", *AXES)}, "split": split, "strict": strict,
+             "proxy": proxy} for split, row, strict, proxy in found]
 
 
 def append(file, rows):
@@ -163,7 +163,10 @@ def append(file, rows):
 
 
 def tried(rows, method, reward):
-    """{settings: the last validation score, strict} of a method's tuning runs."""
+    """{settings: the last validation score, strict} of a method's tuning runs, the last in the file of each.
+
+    Tune for as long as the race: what is ahead after two minutes may have collapsed after five.
+    """
     return {row["settings"]: row["strict"] for row in rows
             if (row["method"], row["reward"], row["variant"]) == (method, reward, "tune")}
 
@@ -183,7 +186,7 @@ def parsed(argv):
     add("--methods", default=",".join(METHODS), help="a comma between")
     add("--variants", default="", help="ablations of these methods by name, a comma between, or all")
     add("--seeds", type=int, default=3, help="0 to this - 1")
-    add("--minutes", type=float, default=0, help="of each run, validation included (8; to tune 2)")
+    add("--minutes", type=float, default=0, help="of each run, validation included (8)")
     add("--rollouts", type=int, default=0, help="the same number for all, in place of minutes")
     add("--reward", default="shapes", help="what is trained on: shapes, tiny-clip, ...")
     add("--jobs", type=int, default=1, help="runs at once; each has one thread if that is more than 1")
@@ -202,8 +205,7 @@ def parsed(argv):
                        (args.table and not args.csv.exists(), f"{args.csv} does not exist: run the race first")):
         if wrong:
             parser.error(why)
-    minutes = args.minutes or (2 if args.tune else 8)
-    args.budget = f"{args.rollouts} rollouts" if args.rollouts else f"{minutes:g} minutes"
+    args.budget = f"{args.rollouts} rollouts" if args.rollouts else f"{args.minutes or 8:g} minutes"
     return args
 
 

@@ -39,7 +39,7 @@ def test_a_good_painter_with_middling_obedience():
     """Guidance 3, 10 steps, 192 test prompts: strict .3 to .65, far better at objects and colours than at relations."""
     rows = data.draw_prompts(data.world_prompts("test"), 192, "test")
     judges = {"shapes-strict": rewards.load("shapes-strict")}
-    row = dgpo.evaluate(models.load("tiny"), rows, judges, dgpo.Config(), ALONE, 3.0)
+    row = data.evaluate(dgpo.sample, models.load("tiny"), rows, judges, dgpo.Config(), ALONE, 3.0)
     tags = row["tags"]
     assert .3 < row["eval"] < .65
     assert min(tags["single_object"], tags["colors"]) > .3 + max(tags["position"], tags["color_attr"])
@@ -56,6 +56,6 @@ def test_the_proximal_model_is_ahead_at_few_steps():
     def score(sampler, n):
         method = proxt2i.SAMPLERS[sampler]
         cfg = proxt2i.Config(method=method, sampler=sampler, eval_steps=n)
-        return proxt2i.evaluate(pipes[method], rows, strict, cfg, ALONE, 1.0)["eval"]
+        return data.evaluate(proxt2i.sample, pipes[method], rows, strict, cfg, ALONE, 1.0)["eval"]
     assert score("hybrid", 4) > .05 + max(score(sampler, 4) for sampler in ("sde", "sde-mean", "ode"))
     assert score("hybrid", 8) > .03 + max(score(sampler, 8) for sampler in ("sde", "sde-mean", "ode", "dpm"))

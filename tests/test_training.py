@@ -480,7 +480,7 @@ def peer(how, module, line, out):
 @BOTH
 @FAMILIES
 def test_diffusers_and_peft_do_the_same_work(module, family, flags, train):
-    """csrc/peer.py, which benchmarks are set beside: the same images, losses, passes and count of trained parameters."""
+    """csrc/peer.py, which benchmarks are set beside: the same images, losses, passes, count of trained parameters."""
     more = dict(lora_rank=4, updates=1, checkpointing=True, dtype="float32", **(
         dict(clip_range=.5, ref="start", hold=0) if module is dgpo else dict(kl_beta=.1)))
     ours = train(module, family, **more)
