@@ -412,7 +412,7 @@ def test_a_sum_logs_its_terms_and_a_constant_reward_is_said_once(flags, tmp_path
 def test_no_update_is_skipped_after_gradients_of_0():
     """Ten updates with nothing to learn, then one with: their norms, all 0, are no measure of a spike."""
     one = data.Run.__new__(data.Run)
-    one.rank, one.world, one.norms, one.count = 0, 1, [], {"updates": 0, "skipped": 0}
+    one.rank, one.world, one.norms, one.lap, one.count = 0, 1, [], id, {"updates": 0, "skipped": 0}
     p = torch.nn.Parameter(torch.zeros(2))
     for norm in [0.0] * 10 + [.5]:
         p.grad = torch.tensor([norm, 0.0])
