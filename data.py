@@ -1222,6 +1222,17 @@ def choose(name, value, options):
         raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(map(str, options))}")
 
 
+def counts(name, text):
+    """The numbers of steps in a comma-separated list. Raises ValueError for anything else, or less than 1."""
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise ValueError(f"--{name.replace('_', '-')} {text!r}: numbers of steps, 1 or more, as 4,6,10")
+    return values
+
+
 def check_device(name, device):
     """Raise ValueError unless this machine has the device of a flag; None and "" are what the flag's default is."""
     try:
@@ -2075,6 +2086,22 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def comparison(run, table, steps):
+    """Print what each sampler scores at each number of steps; write compare.csv and samples/curves.png.
+
+    table: {reward: {(name, steps): score}}.
+    """
+    names = list(dict.fromkeys(name for values in table.values() for name, _ in values))
+    text = [line for reward, values in table.items() for line in (
+        [reward, *steps], *([name, *(f"{values[name, n]:.3f}" for n in steps)] for name in names))]
+    if run.rank == 0:
+        write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in text).encode())
+        chart(run.out / "samples" / "curves.png", {
+            f"{reward} against steps": {name: [[(n, values[name, n]) for n in steps]] for name in names}
+            for reward, values in table.items()}, steps)
+    run.say("\n".join(f"{line[0]:>32}" + "".join(f"{word:>9}" for word in line[1:]) for line in text))
 
 
 # =====================================================================================================================

@@ -129,7 +129,7 @@ class Config:
                                   optimizer=("muon", "adamw"), adv_std=("group", "batch", "none")).items():
             data.choose(name, getattr(self, name), options)
         for name in ("candidates", "compare_steps"):
-            counts(name, getattr(self, name))
+            data.counts(name, getattr(self, name))
         if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
                              f"{self.warmup}: between 0 and 1")
@@ -147,7 +147,7 @@ class Config:
         if self.fsdp and self.optimizer == "muon" and self.stage != "rl":
             raise ValueError("--optimizer muon looks at whole matrices, which --fsdp cuts: --optimizer adamw")
         if self.scheme == "pda":
-            for n in counts("candidates", self.candidates):
+            for n in data.counts("candidates", self.candidates):
                 pda_lambdas(n)
 
 
@@ -169,17 +169,6 @@ PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the pap
 def presets(stage):
     """{preset: its numbers} for a stage, as data.cli takes them."""
     return {"tiny": TINY.get(stage, {}), "paper": {"uvit": PAPER.get(stage, LONG)}}
-
-
-def counts(name, text):
-    """The numbers of steps in a comma-separated list. Raises ValueError for anything else, or less than 1."""
-    try:
-        values = [int(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise ValueError(f"--{name.replace('_', '-')} {text!r}: numbers of steps, 1 or more, as 4,6,10")
-    return values
 
 
 # =============================================================================================================== math
@@ -530,7 +519,7 @@ def train(cfg):
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     check_model(cfg, pipe)
-    shape, candidates = pipe.latent_shape(cfg.resolution), counts("candidates", cfg.candidates)
+    shape, candidates = pipe.latent_shape(cfg.resolution), data.counts("candidates", cfg.candidates)
     mine = cfg.batch // run.world
     size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
     stream = data.training_stream(cfg.images, size, run.rank, run.world, mine, cfg.seed)
@@ -636,7 +625,7 @@ def train_rl(cfg):
     run.restore(params, ema, opt)
     if not run.state:
         data.log_start(sample, pipe, val, judges, cfg, run)
-    candidates = counts("candidates", cfg.candidates)
+    candidates = data.counts("candidates", cfg.candidates)
     checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
 
     def rescore(states, k, part, scale):
@@ -711,10 +700,10 @@ def train_rl(cfg):
             if ema:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        run.count["step"] += 1
-        run.count["images"] += cfg.groups * cfg.group_size
-        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
         made = cfg.groups * cfg.group_size
+        run.count["step"] += 1
+        run.count["images"] += made
+        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
         held = -(-made // HELD) * (cfg.hold > 0)
         run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes) + held * (
             2 + (cfg.cfg_train != 1) + (cfg.cfg_ref != 1))
@@ -760,7 +749,7 @@ def sample_stage(cfg):
 
 def warn_of_steps(cfg, run, flag, steps):
     """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
-    outside = sorted(set(steps) - set(counts("candidates", cfg.candidates)))
+    outside = sorted(set(steps) - set(data.counts("candidates", cfg.candidates)))
     if outside:
         run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {cfg.candidates} steps")
 
@@ -783,7 +772,7 @@ def compare(cfg):
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    steps = counts("compare_steps", cfg.compare_steps)
+    steps = data.counts("compare_steps", cfg.compare_steps)
     judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
                                                 for name in filter(None, cfg.compare_rewards.split(","))}
     warn_of_steps(cfg, run, "--compare-steps", steps)
@@ -801,17 +790,10 @@ def compare(cfg):
                     grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, one.cfg_eval))
                     titles.append(f"{name} {n}")
                 bar.update()
-    names = [name for name, *_ in lines]
-    text = [line for reward, values in table.items() for line in (
-        [reward, *steps], *([name, *(f"{values[name, n]:.3f}" for n in steps)] for name in names))]
+    data.comparison(run, table, steps)
     if run.rank == 0:
-        data.write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in text).encode())
         data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
-        data.chart(run.out / "samples" / "curves.png", {
-            f"{reward} against steps": {name: [[(n, values[name, n]) for n in steps]] for name in names}
-            for reward, values in table.items()}, steps)
-        run.say("\n".join(f"{line[0]:>32}" + "".join(f"{word:>9}" for word in line[1:]) for line in text))
-        run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
+    run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
     return run.out
 
 
