@@ -765,8 +765,9 @@ class UViT(nn.Module):
 
     forward(x (B, C, H, W), t (B,) in [0, 1], lam (B,) > 0 or None, context (B, L, D_text)) -> (B, C, H, W).
     lam is the strength of the proximal operator; None, and only None, for a network without it (a score model). L is
-    the config's num_clip_token; predict, noise or v, says what the answer is (proxt2i.py, Eqs. 3 and 9). Raises
-    ValueError where lam, L, D_text, H or W do not fit the network.
+    the config's num_clip_token; predict, noise or v, says what the answer is (proxt2i.py, Eqs. 3 and 9), scheme and
+    candidates, of a network with lambda, what steps it was trained for. Raises ValueError where lam, L, D_text, H or W
+    do not fit the network.
     Source: Bao et al., arXiv:2209.12152; parameters are named as in the public MS-COCO files, whose small model the
     defaults are. No library has this class: config.json is our own, its options are the authors', and lam.
     """
@@ -778,7 +779,8 @@ class UViT(nn.Module):
     fixed = dict(qkv_bias=False, qk_scale=None, conv=True, skip=True, use_checkpoint=False)
 
     def __init__(self, img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=12, num_heads=8, mlp_ratio=4,
-                 clip_dim=768, num_clip_token=77, lam=False, mlp_time_embed=False, predict="noise", **other):
+                 clip_dim=768, num_clip_token=77, lam=False, mlp_time_embed=False, predict="noise", scheme="",
+                 candidates="", **other):
         super().__init__()
         for name, value in other.items():
             if not name.startswith("_") and (name not in self.fixed or value != self.fixed[name]):
@@ -790,7 +792,7 @@ class UViT(nn.Module):
         self.config = dict(_class_name="UViT", img_size=img_size, in_chans=in_chans, patch_size=patch_size,
                            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
                            clip_dim=clip_dim, num_clip_token=num_clip_token, lam=lam, mlp_time_embed=mlp_time_embed,
-                           predict=predict)
+                           predict=predict) | ({"scheme": scheme, "candidates": candidates} if scheme else {})
         dim, self.patch, self.channels, self.checkpointing = embed_dim, patch_size, in_chans, False
         self.side = img_size // patch_size                            # patches along an edge of the position table
 

@@ -18,17 +18,20 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (10)       L_hold = |f(y; 0, lam) - f_ref|^2, y = x_0 + sqrt(lam) eps: it has no log-prob            hold_error
 
 Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this
-toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. Without (10)
-the last landing drifts in RL, and paints noise.
+toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. A small zeta
+then finds the mode of x_0 given y and lands at E[X_t | y, x_0] of it: the proximal operator at t = 0 and for Gaussian
+data, near it elsewhere. Without (10) the last landing drifts in RL, and paints noise.
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
-halves gamma times the score. Departs from it: log-probs and KL are means over the latent's dimensions; DPM-Solver is
-the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal chain's last adds no noise either.
+halves gamma times the score. Departs from it: gamma is beta's integral over a step, not beta at its start times its
+length; log-probs and KL are means over the latent's dimensions; DPM-Solver is the ++(2M) variant; in RL the score
+chain's last step is its mean, as the proximal chain's last adds no noise either.
 
     python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
     python proxt2i.py train --method prox --out OUT     # proximal matching (or noise prediction: --method score)
     python proxt2i.py rl | sample | compare | finetune  # the other stages; all flags: --help
 """
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +59,7 @@ class Config:
     preset: str = ""                    # tiny, paper
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
-    gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
@@ -119,7 +122,7 @@ class Config:
     save_every: int = 10                # steps between checkpoints
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/proxt2i-NNN
-    resume: bool = False                # go on from OUT/last, bit for bit
+    resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
     fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
 
     def __post_init__(self):
@@ -138,6 +141,10 @@ class Config:
             raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
                              f"{self.zeta_start}, --kl-beta {self.kl_beta} and --hold {self.hold} 0 or more, --batch "
                              f"{self.batch} positive")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.stage in ("train", "finetune") and self.batch % world:
+            raise ValueError(f"--batch {self.batch} cannot be shared out over {world} processes: try --batch "
+                             f"{-(-self.batch // world) * world}")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if self.stage == "rl" and not 2 <= self.sample_steps:
@@ -157,10 +164,11 @@ SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whos
 SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
 TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dtype="bfloat16"),     # by stage
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
-LONG = dict(reward="pickscore", eval_reward="pickscore", predict="noise", resolution=256, dtype="bfloat16", groups=12,
-            group_size=24, cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000,
-            minutes=1e6, lr=1e-4, kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0,
-            optimizer="adamw", eval_images=1024, eval_every=50, micro_batch=24, overlap=True)    # an update for 6
+LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="pickscore", predict="noise",
+            resolution=256, dtype="bfloat16", groups=72, group_size=24,      # 12 prompts a batch, 6 batches an update
+            cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
+            kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
+            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)
 MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
@@ -364,7 +372,7 @@ def guided(net, x, t, lam, ctx, null, scale):
 
 
 def levels(t, lam=0.0):
-    """Signal a and noise s in y / sqrt(1 + lam) = a x_0 + s n, which the network sees: a^2 + s^2 = 1. Eq. (9)."""
+    """Signal a and noise s in y / sqrt(1 + lam) = a x_0 + s n, seen in training: a^2 + s^2 = 1. Eq. (9)."""
     a2 = alpha_bar(t) / (1 + lam)
     return a2 ** 0.5, (1 - a2) ** 0.5
 
@@ -374,7 +382,8 @@ def answer_of(method, net, ctx, null, scale):
     score(x, t) = -n(x, t) / sqrt(1 - alpha_bar). eps and n are the network's answer, or follow from its v, Eq. (9):
     n = s x + a v is all of the input's noise, and sqrt(lam / (1 + lam)) / s of it is expected to be eps.
 
-    y has variance up to about 1 + lam; it enters the network scaled to 1, which the paper does not say.
+    In training y has variance 1 + lam, and enters the network scaled to 1, which the paper does not say. A chain's own
+    y is wider, 1 + 2 gamma + gamma^2/4 on the first step, and enters by the same factor.
     """
     def noise(x, t, lam):
         out = guided(net, x, t, lam, ctx, null, scale)
@@ -397,6 +406,9 @@ def check_model(cfg, pipe):
     if lam is None or lam != (cfg.method == "prox"):
         kind = "no U-ViT" if lam is None else f"a {('score', 'prox')[lam]} model, {'with' if lam else 'without'} lambda"
         raise ValueError(f"--model {cfg.model} is {kind}: --method {cfg.method} cannot use it")
+    scheme = pipe.net.config.get("scheme", cfg.scheme)                 # of those that train wrote
+    if scheme != cfg.scheme and cfg.stage != "finetune":
+        raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}")
     default_sampler(cfg)
 
 
@@ -499,7 +511,7 @@ def matching_loss(cfg, share, pred, target, width):
     zeta, share = cfg.zeta, (share - cfg.warmup) / (1 - cfg.warmup + 1e-9)
     if cfg.zeta_start:
         zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * share
-    if cfg.zeta_space == "x":                                          # |prox - X_t|
+    if cfg.zeta_space == "x":                                          # |prox - X_t|, with v |prox - E[X_t | y, x_0]|
         pred, target = (width[:, None, None, None] * part for part in (pred, target))
     return prox_matching_loss(pred, target, zeta).mean()
 
@@ -511,6 +523,9 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run, fresh=cfg.stage == "train")
     net = pipe.net
+    net.config |= {"scheme": cfg.scheme, "candidates": cfg.candidates} if cfg.method == "prox" else {}
+    if cfg.predict != net.config["predict"]:
+        raise ValueError(f"--predict {cfg.predict}: this network has learned {net.config['predict']}")
     start = [p.detach().clone() for p in params]
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = data.optimizer(cfg, net, params)
@@ -615,7 +630,8 @@ def train_rl(cfg):
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
     if cfg.method == "prox":
-        warn_of_steps(cfg, run, "--sample-steps", [n])
+        warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
+        warn_of_steps(cfg, run, pipe, "--candidates", data.counts("candidates", cfg.candidates) if cfg.hold else ())
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
@@ -625,8 +641,8 @@ def train_rl(cfg):
     run.restore(params, ema, opt)
     if not run.state:
         data.log_start(sample, pipe, val, judges, cfg, run)
-    candidates = data.counts("candidates", cfg.candidates)
-    checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
+    candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
+    checked = False
 
     def rescore(states, k, part, scale):
         """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
@@ -657,6 +673,7 @@ def train_rl(cfg):
         images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
+        spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
@@ -667,6 +684,7 @@ def train_rl(cfg):
         for update in range(cfg.updates):
             turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
             turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
             most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
             for i in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
                 share = len(turn[i:i + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
@@ -683,16 +701,16 @@ def train_rl(cfg):
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-                if cfg.hold:                                           # Eq. (10), on a quarter of the images
-                    policy, ref = (answer_of(cfg.method, net, [c[::HELD] for c in part], null, scale)
-                                   for scale in (cfg.cfg_train, cfg.cfg_ref))
-                    m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, i, "hold")[0])]
-                    x_0 = states[-1, some[::HELD]]
-                    eps = data.noise(x_0.shape, cfg.seed, step, run.rank, update, i, "hold", device=run.device,
-                                     dtype=states.dtype)
-                    held = hold_error(cfg.method, policy, ref, models.using(params, start), x_0, m, eps)
-                    (cfg.hold * held * share * len(trained)).backward()
-                    logs[-1] += held.detach() * share * len(trained)
+                if cfg.hold:                                           # Eq. (10), on a quarter of a group's images
+                    few = [j for j in turn[i:i + cfg.micro_batch] if j % cfg.group_size % HELD == 0]
+                    share = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
+                    few = few or [0]
+                    policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
+                    eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * mine * cfg.group_size + j, "hold",
+                                                  device=run.device, dtype=states.dtype) for j in few])
+                    held = hold_error(cfg.method, policy, policy, models.using(params, start), states[-1, few], m, eps)
+                    (cfg.hold * held * share).backward()
+                    logs[-1] += held.detach() * share
             if not checked:                                            # and so must the update's own passes, in bf16
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
@@ -704,15 +722,15 @@ def train_rl(cfg):
         run.count["step"] += 1
         run.count["images"] += made
         passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
-        held = -(-made // HELD) * (cfg.hold > 0)
-        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes) + held * (
-            2 + (cfg.cfg_train != 1) + (cfg.cfg_ref != 1))
+        held = cfg.groups * -(-cfg.group_size // HELD) * (cfg.hold > 0)
+        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes)
+        run.count["forwards"] += 2 * held * (1 + (cfg.cfg_train != 1))
         run.count["backwards"] += (made * len(trained) + held) * (1 + (cfg.cfg_train != 1))
         loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size),
-               "rewards": scoring.terms()}
+               "stats": run.mean(data.image_stats(images, cfg.group_size)),
+               "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= data.validate(sample, pipe, val, judges, cfg, run)
@@ -736,34 +754,39 @@ def sample_stage(cfg):
     check_model(cfg, pipe)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     if cfg.method == "prox":
-        warn_of_steps(cfg, run, "--eval-steps", [cfg.eval_steps])
+        warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
     run.begin()
     row = data.evaluate(sample, pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
-    data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
+    if run.rank == 0:
+        data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
     run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
             f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
     run.log(row)
 
 
-def warn_of_steps(cfg, run, flag, steps):
+def warn_of_steps(cfg, run, pipe, flag, steps):
     """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
-    outside = sorted(set(steps) - set(data.counts("candidates", cfg.candidates)))
+    known = pipe.net.config.get("candidates", cfg.candidates)
+    outside = sorted(set(steps) - set(data.counts("candidates", known)))
     if outside:
-        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {cfg.candidates} steps")
+        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {known} steps")
 
 
 def compare(cfg):
     """Stage compare: what every sampler scores at every number of steps, for all models: table, CSV and pictures."""
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
+    steps = data.counts("compare_steps", cfg.compare_steps)
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:
         pipe = models.load(model, weights or None, models.DTYPES[cfg.dtype], run.device, init or None)
         one = replace(cfg, model=model, sampler="", method="prox" if pipe.net.config.get("lam") else "score")
         check_model(one, pipe)
+        if one.method == "prox":
+            warn_of_steps(one, run, pipe, "--compare-steps", steps)
         path = Path(weights or model)                                  # the second of a kind is called by its run
         name = f" {path.parent.name if path.name == 'model' else path.name}" if one.method in shown_as else ""
         shown_as.add(one.method)
@@ -772,10 +795,8 @@ def compare(cfg):
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    steps = data.counts("compare_steps", cfg.compare_steps)
     judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
                                                 for name in filter(None, cfg.compare_rewards.split(","))}
-    warn_of_steps(cfg, run, "--compare-steps", steps)
     run.begin()
     table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
     with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
@@ -802,8 +823,7 @@ def main(argv=None):
     stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     with data.exit_codes():
         data.choose("stage", stage, ("", *STAGES))
-        under = {"stage": stage or "rl"}
-        cfg = data.cli(Config, presets(stage), argv, {"prox": under, "score": under})
+        cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
         if not stage and not cfg.resume:                               # the quick start: both, one after the other
             compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps="4,10", stage="compare",
                             out=f"{cfg.out}-compare" if cfg.out else ""))

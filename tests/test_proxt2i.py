@@ -13,6 +13,7 @@ import data
 import mixture
 import models
 import proxt2i
+import test_loop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -352,7 +353,7 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     last = run(line, capsys)
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2 + 1
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2 + 2
     assert rows[1]["hold"] < 1e-12                                     # nothing had moved yet
     again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
@@ -371,6 +372,25 @@ def test_overlap_changes_no_number(fresh, tmp_path, capsys, monkeypatch, reward_
                        torch.load(f"{flag[2:]}/last/state.pt", weights_only=True)["params"]))
     (rows, params), (plain, others) = states
     assert rows == plain and rows[1]["reward"] != 0 and all(map(torch.equal, params, others))
+
+
+def test_two_processes_train_the_same_weights(fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """torchrun with 2 processes and one, in other portions: RL that holds the last landing; float64, equal to 1e-9."""
+    monkeypatch.chdir(tmp_path)
+    line = ["rl", "--model", fresh / "prox", "--steps", 2, "--groups", 4, "--group-size", 5, "--updates", 2,
+            "--sample-steps", 3, "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
+            "--dtype", "float64", "--lr", 1e-3, *SMALL]
+    two = test_loop.process(ROOT / "proxt2i.py", [*map(str, line), "--out", "two", "--micro-batch", "3"], torchrun=True)
+    run([*line, "--out", "one"], capsys)
+    _, err = two.communicate(timeout=600)
+    assert two.returncode == 0, err
+    one, two = (torch.load(f"{name}/last/state.pt", weights_only=True) for name in ("one", "two"))
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(one["params"], two["params"]))
+    rows, others = ([json.loads(row) for row in Path(name, "metrics.jsonl").read_text().splitlines()]
+                    for name in ("one", "two"))
+    for key in ("hold", "loss", "kl", "forwards", "backwards"):
+        assert rows[2][key] == pytest.approx(others[2][key], rel=1e-6), key
+    assert rows[2]["hold"] > 0
 
 
 def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkeypatch, reward_file):
@@ -402,6 +422,13 @@ def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys
     pipe = models.load("whole/model")
     assert pipe.family == "uvit" and pipe.latent_shape() == (3, 28, 28)
     assert pipe.net.config["lam"] == (method == "prox")
+    written = json.loads(Path("whole/model/transformer/config.json").read_text())       # what it was trained for
+    assert written.get("candidates") == (proxt2i.Config.candidates if method == "prox" else None)
+    if method == "prox":
+        with pytest.raises(SystemExit):
+            proxt2i.main(["sample", "--model", "whole/model", "--out", "no", "--scheme", "pda", "--candidates", "10",
+                          *map(str, SMALL)])
+        assert "trained for the lambdas of --scheme hybrid" in capsys.readouterr().err
 
 
 def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
@@ -461,6 +488,19 @@ def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and err.startswith("error: ") and words in err, err
     assert not Path("out").exists()
+
+
+def test_presets(monkeypatch):
+    """Of the paper's sizes, without a word about the model, and for it without a word about the preset."""
+    for line in (["--preset", "paper"], ["--model", "uvit"]):
+        cfg = data.cli(proxt2i.Config, proxt2i.presets("rl"), line)
+        assert (cfg.model, cfg.preset, cfg.groups, cfg.group_size, cfg.hold) == ("uvit", "paper", 72, 24, 0)
+        assert cfg.prompts == "data/prompts.txt" and not cfg.gold_reward
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    cfg = data.cli(proxt2i.Config, proxt2i.presets("train"), ["--model", "uvit", "--stage", "train", "--groups", "9"])
+    assert (cfg.batch, cfg.lr, cfg.optimizer) == (2048, 8e-5, "adamw")
+    with pytest.raises(ValueError, match="--batch 63 cannot be shared out over 8 processes: try --batch 64"):
+        data.cli(proxt2i.Config, proxt2i.presets("train"), ["--stage", "train", "--batch", "63"])
 
 
 def test_training_on_files_resumes_inside_the_data(tmp_path, capsys, monkeypatch):
