@@ -886,7 +886,9 @@ def latents(images, vae, encode_text, folder, batch_size=16, per_file=1000):
     if len(parts) == images.world and all(part["done"] for part in parts):
         skipped = collections.Counter(reason for part in parts for reason in part["bad"].values())
         whole = {"files": [file for part in parts for file in part["files"]], "skipped": skipped}
-        write_atomic(folder / "index.json", json.dumps(whole, indent=2).encode())
+        own = folder / f"whole-{images.rank}.json"                         # two processes may be the last at once
+        write_atomic(own, json.dumps(whole, indent=2).encode())
+        os.replace(own, folder / "index.json")
 
 
 class Cached(Stream):
@@ -1190,25 +1192,57 @@ def cli(config, presets, argv=None, defaults=None):
         else:
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
     parser.error = refuse
-    given = vars(parser.parse_args(argv))
-    preset = given.get("preset") or ("official" if given.get("model") in models.SOURCES else "tiny")
+    given = typed = vars(parser.parse_args(argv))
+    if typed.get("resume"):                                            # what is not typed again stays what it was
+        with contextlib.suppress(ValueError):                          # a run that is not there: Run says so
+            given = settings_of(last_run(method_of(config), typed.get("out", "")), config) | typed
+    preset = given.get("preset") or (list(presets)[-1] if given.get("model") in {*models.SOURCES, "uvit"} else "tiny")
     if preset not in presets:
         raise ValueError(f"unknown --preset {preset!r}: {', '.join(presets)}")
     values = presets[preset]
-    model = given.get("model") or (config.model if preset == "tiny" else "sd35m")
+    model = given.get("model") or (config.model if preset == "tiny" else "sd35m" if "sd3" in values else "uvit")
     family = models.family(model, given.get("weights", ""))
     if preset != "tiny":
         if family not in values:
             raise ValueError(f"--preset {preset} has no numbers for --model {model}, only for {', '.join(values)}, "
                              f"known by a directory's model_index.json; without --preset, tiny's numbers hold")
         values = values[family]
-    under = (defaults or {}).get(given.get("method") or values.get("method") or config.method, {})
-    values = {**under, **values, **given, "model": model, "preset": preset}
+    own = values.get("method")                                         # the preset's, if it has one
+    method = given.get("method") or own or config.method
+    under = (defaults or {}).get(method, {})
+    values = {**values, **under} if own not in (None, method) else {**under, **values}
+    values = {**values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
         now = {name: values.get(name, getattr(config, name)) for name in ("lora_rank", "cfg_train", "fsdp")}
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"])
-        values = {**values, **plan, **given}
+        values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
     return config(**values)
+
+
+def method_of(config):
+    """The name of the script that a Config belongs to, and of its runs' folders: dgpo, grpo, slas, proxt2i."""
+    return pathlib.Path(inspect.getfile(config)).stem
+
+
+def last_run(method, out=""):
+    """The folder that --resume goes on in: out, or the last one made of runs/METHOD-*. Raises ValueError if none is."""
+    runs = sorted(pathlib.Path("runs").glob(f"{method}-*"), key=lambda path: path.stat().st_mtime)
+    if not out and not runs:
+        raise ValueError(f"--resume: there is no runs/{method}-* to resume; name one by --out")
+    return pathlib.Path(out) if out else runs[-1]
+
+
+def settings_of(out, config):
+    """A run's config.json as a dict, without what Config does not know. Raises ValueError if it cannot be read."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if not (out / "config.json").is_file():
+        raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
+    try:
+        before = json.loads((out / "config.json").read_bytes())
+    except ValueError:
+        raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
+    return {field.name: before[field.name] for field in dataclasses.fields(config) if field.name in before}
 
 
 def refuse(message):
@@ -1248,7 +1282,7 @@ def check_common(cfg):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.group_size < 2:
         raise ValueError(f"--group-size {cfg.group_size}: an advantage compares images of one prompt, so 2 or more")
-    if cfg.groups < 1 or cfg.groups % world:
+    if cfg.groups < 1 or getattr(cfg, "stage", "rl") == "rl" and cfg.groups % world:
         raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, "
                          f"since its images are compared with each other. Try --groups "
                          f"{max(1, -(-cfg.groups // world)) * world}.")
@@ -1325,11 +1359,24 @@ def exit_codes():
             error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch,"
                      f" --checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
         elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
+            crash()
             raise
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
+    except (Exception, KeyboardInterrupt):
+        crash()
+        raise
+
+
+def crash():
+    """End at once, with a traceback, where other processes may wait in a collective; alone, do nothing."""
+    if dist.is_initialized():
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def join(device=None, alone=False):
@@ -1348,7 +1395,8 @@ def join(device=None, alone=False):
         device = torch.device("cuda", local if device.index is None or world > 1 else device.index)
         torch.cuda.set_device(device)
     if (world > 1 or alone) and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))
     return rank, world, device
 
 
@@ -1386,13 +1434,8 @@ class Run:
 
     def _open(self, method):
         cfg, file = self.cfg, "last/state.pt"
-        runs = sorted(pathlib.Path("runs").glob(f"{method}-*"), key=lambda path: path.stat().st_mtime)
-        if cfg.out:
-            out = pathlib.Path(cfg.out)
-        elif cfg.resume:
-            if not runs:
-                raise ValueError(f"--resume: there is no runs/{method}-* to resume; name one by --out")
-            out = runs[-1]
+        if cfg.out or cfg.resume:
+            out = last_run(method, cfg.out)
         else:
             out = next(path for n in range(1, 10**6) if not (path := pathlib.Path(f"runs/{method}-{n:03d}")).exists())
         if self.world > 1:                                            # one name for all: the first process looked
@@ -1403,25 +1446,22 @@ class Run:
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
-            if not (out / "config.json").is_file():
-                raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
-            try:
-                before = json.loads((out / "config.json").read_bytes())
-            except ValueError:
-                raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
-            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap")
+            before = settings_of(out, type(cfg))
+            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
+                    "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
             for key, value in settings.items():
                 if key not in free and before.get(key) != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
             try:                                                     # killed before its first checkpoint: start anew
-                state = (out / file).exists() and torch.load(out / file, map_location="cpu", weights_only=True)
+                state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
         self._refuse_taken(out)
         return out, state
 
     def _refuse_taken(self, out):
-        if not self.cfg.resume and out.exists() and any(out.iterdir()):
+        begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
+        if begun and not self.cfg.resume:
             raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
 
     def begin(self):
@@ -1471,6 +1511,11 @@ class Run:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def mean(self, values):
+        """{name: float} of equal shares of a batch, averaged over all processes."""
+        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
+        return dict(zip(values, (total / self.world).tolist()))
+
     def sum(self, x):
         """The sum of a small tensor over all processes."""
         if self.world > 1:
@@ -1483,7 +1528,7 @@ class Run:
         """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
 
         A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
-        said and counted.
+        said and counted. A spike counts as the limit in that median, so that a lasting rise is let through in the end.
         """
         import models
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
@@ -1505,7 +1550,8 @@ class Run:
             for p, g in zip(params, grads):
                 p.grad = g
             opt.step()
-            self.norms = (self.norms + [norm] * (norm > 0))[-50:]     # a median of 0 would skip all that follow
+        if math.isfinite(norm) and norm > 0:                          # a median of 0 would skip all that follow
+            self.norms = (self.norms + [min(norm, limit)])[-50:]
         opt.zero_grad(set_to_none=True)
         self.count["updates"] += 1
         self.lap("update")
@@ -1533,10 +1579,10 @@ class Run:
         if self.rank == 0:
             if "eval_gold" in row:
                 row["parted"] = self._parted(row)
-            row = {key: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None   # JSON has no NaN
-                   for key, v in {**self.count, **row, **memory}.items()}
+            row = {**self.count, **row, **memory}
+            row |= {key: round(value, 6) for key, value in row.items() if isinstance(value, float)}
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(finite(row), allow_nan=False) + "\n")
             with open(self.out / "times.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(times) + "\n")
 
@@ -1569,10 +1615,9 @@ class Run:
             if self.world > 1:
                 dist.all_gather_object(big["places"], stream.state())
         if self.rank == 0:
-            buffer = io.BytesIO()
             written = (self.out / "metrics.jsonl").stat().st_size
-            torch.save({**big, "count": self.count, "norms": self.norms, "written": written}, buffer)
-            write_atomic(self.out / "last" / "state.pt", buffer.getbuffer())
+            state = {**big, "count": self.count, "norms": self.norms, "written": written}
+            write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
             for old in (self.out / "last").glob("shards-*"):
                 if old.name != name:
                     shutil.rmtree(old)
@@ -1607,31 +1652,53 @@ class Run:
             dist.barrier()
 
 
+def finite(value):
+    """A value for JSON, which has no NaN and no infinity: None in their place, in dicts at any depth, too."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_atomic(path, content):
-    """Write bytes, or a buffer of them, to a file so that a kill leaves the old file or the new one, never a part."""
+    """Write bytes to a file so that a kill leaves the old file or the new one, never a part.
+
+    content: bytes, or a function that writes to the open file. Raises ValueError naming the file, on a full disk, say.
+    """
     new = pathlib.Path(f"{path}.new")
-    with open(new, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as f:
+            content(f) if callable(content) else f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)                                    # a part of it, on a full disk
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
 def check_ratio(run, differences, stop=True):
     """Before the first update: how far are the ratios of the weights to themselves from 1? differences: of log-probs.
 
     stop: raise ValueError if further than a tenth of the clip range, which is a bug; else only say that the passes with
-    gradients differ so much, which bf16's rounding can do.
+    gradients differ so much, which bf16's rounding can do. With --cfg-train other than --cfg-rollout the ratio is not
+    one of a policy to itself; that is said in place of both.
     """
-    worst, limit = torch.cat(differences).expm1().abs().max().item(), run.cfg.clip_range / 10    # NaN if any is
+    cfg = run.cfg
+    worst, limit = run.gather(torch.cat(differences)).expm1().abs().max().item(), cfg.clip_range / 10    # NaN if any is
+    if cfg.cfg_train != cfg.cfg_rollout:
+        if stop:
+            run.say(f"--cfg-train {cfg.cfg_train:g} is not --cfg-rollout {cfg.cfg_rollout:g}, so images are drawn from "
+                    f"one policy and another is trained: the worst |ratio - 1| is {worst:.1e} before the first update, "
+                    f"and beyond --clip-range {cfg.clip_range} little is learned")
+        return
     if stop:
         run.say(f"before the first update the worst |ratio - 1| is {worst:.1e} (a tenth of the clip range: "
                 f"{limit:.1e})")
     if stop and not worst <= limit:
         raise ValueError(f"the same weights give other log-probs than the rollout: |ratio - 1| = {worst:.1e}, over a "
-                         f"tenth of --clip-range {run.cfg.clip_range}; use --dtype float32 or a wider clip")
+                         f"tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
     if not worst <= limit:
-        run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {run.cfg.dtype} takes part in "
+        run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {cfg.dtype} takes part in "
                 f"the clip")
 
 
@@ -1753,8 +1820,10 @@ class Scoring:
 
     def __init__(self, run, score):
         self.run, self.score, self.chunks, self.parts, self.values, self.unparsed = run, score, [], [], {}, {}
-        self.thread = ThreadPoolExecutor(1, "reward") if run.cfg.overlap else None
-        self.stream = torch.cuda.Stream(run.device) if run.cfg.overlap and run.device.type == "cuda" else None
+        cuda = run.cfg.overlap and run.device.type == "cuda"           # a new thread's GPU is the first one: say which
+        self.thread = ThreadPoolExecutor(1, "reward", *((torch.cuda.set_device, (run.device,)) if cuda else ())
+                                         ) if run.cfg.overlap else None
+        self.stream = torch.cuda.Stream(run.device) if cuda else None
 
     def add(self, images, prompts, metas):
         """images: (b, 3, H, W) in [0, 1]. Raises ValueError if the reward has failed by now, as `scored` does."""
@@ -1952,6 +2021,14 @@ def strip(folder):
 INKS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
 
 
+def rounds(low, high):
+    """Round numbers evenly spaced, three to seven of them, from at most low to at least high: an axis's ticks."""
+    high = high if high > low else low + 1
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
+    return [round(step * i, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
 def chart(path, panels, ticks=None, width=420, height=300):
     """Save curves as one PNG, panels side by side. Colours are the labels', in their order.
 
@@ -1965,16 +2042,17 @@ def chart(path, panels, ticks=None, width=420, height=300):
     pen = ImageDraw.Draw(page)
     for panel, (title, runs) in enumerate(panels.items()):
         xs, ys = zip(*(point for curves in runs.values() for curve in curves for point in curve))
-        start, end, low, high = min(xs), max(xs), min(ys) - .02, max(ys) + .02
+        start, end, levels = min(xs), max(xs), rounds(min(ys), max(ys))
+        low, high = levels[0], levels[-1]
         x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 14, height - pad, 12
 
         def place(x, y):
             return x0 + (x1 - x0) * (x - start) / ((end - start) or 1), y0 + (y1 - y0) * (y - low) / (high - low)
-        for y in (low + (high - low) * i / 4 for i in range(5)):
+        for y in levels:
             pen.line([place(start, y), place(end, y)], fill=(228, 228, 228))
-            pen.text((x0 - 34, place(start, y)[1] - 7), f"{y:.2f}", fill="black", font=font)
-        for x in ticks or [start + (end - start) * i / 4 for i in range(5)]:
-            pen.text((place(x, low)[0] - 12, y0 + 4), f"{x:,.0f}" if end > 5 else f"{x:.2f}", fill="black", font=font)
+            pen.text((x0 - 6, place(start, y)[1]), f"{y:.{2 if high < 5 else 0}f}", "black", font, "rm")
+        for x in ticks or [x for x in rounds(start, end) if start <= x <= end]:
+            pen.text((place(x, low)[0], y0 + 4), f"{x:,.0f}" if end > 5 else f"{x:.2f}", "black", font, "ma")
         pen.text(((x0 + x1) // 2 - 50, y0 + 20), title, fill="black", font=font)
         for label, curves in runs.items():
             color = INKS[labels.index(label) % len(INKS)]
@@ -2034,13 +2112,25 @@ def log_start(sample, pipe, val, judges, cfg, run):
 
 
 def finish(run, pipe, params, start, trained, rows, judges, sample):
-    """End a run: evaluate before and after on test prompts, draw both, write the weights, print the final JSON line.
+    """End a run: write the weights, evaluate before and after on test prompts, draw both, print the final JSON line.
+
+    The weights come first: torchrun kills a process 30 s after Ctrl-C (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 
     start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
     sample: as evaluate takes it. The second guidance scale, cfg_also, is evaluated for both.
     """
     import models
     cfg, seconds = run.cfg, time.time() - run.start
+    if run.rank == 0 or cfg.fsdp:                                     # shards: every process takes part
+        with models.using(params, trained):
+            if cfg.lora_rank:
+                models.save_lora(pipe.net, run.out / "lora.safetensors.new")
+                os.replace(run.out / "lora.safetensors.new", run.out / "lora.safetensors")
+            elif pipe.family == "uvit":                               # no library knows it: the whole pipeline
+                small = torch.float16 if cfg.model.startswith("tiny") else models.DTYPES[cfg.dtype]
+                models.save_uvit(pipe, run.out / "model", small)
+            else:
+                pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     row, tags = {}, {}
     for when, weights in (("before", start), ("after", trained)):
         with models.using(params, weights):
@@ -2061,14 +2151,6 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
         if run.rank == 0:
             picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
             strip(run.out / "samples")
-        with models.using(params, trained):
-            if cfg.lora_rank:
-                models.save_lora(pipe.net, run.out / "lora.safetensors")
-            elif pipe.family == "uvit":                               # no library knows it: the whole pipeline
-                small = torch.float16 if cfg.model.startswith("tiny") else models.DTYPES[cfg.dtype]
-                models.save_uvit(pipe, run.out / "model", small)
-            else:
-                pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     run.log({**row, "tags": tags["after"]})
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"

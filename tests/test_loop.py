@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -114,7 +115,7 @@ if os.environ["RANK"] == "1":
     assert moved > 1e-3
     assert last["steps"] == 3 and last["images"] == 48
     for a, b in zip(rows, (json.loads(row) for row in open("two/metrics.jsonl"))):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() and a.get("stats", {}) == pytest.approx(b.get("stats", {}), abs=1e-6)
         assert all(a[key] == b[key] for key in ("step", "updates", "images", "forwards", "backwards", "skipped"))
         assert all(abs(a[key] - b[key]) < 1e-5 for key in ("reward", "grad_norm", "eval", "eval_after") if key in a)
 
@@ -334,6 +335,45 @@ def test_ctrl_c_at_a_terminal_exits_with_0(flags):
 
 
 @BOTH
+def test_resume_takes_what_is_not_typed_from_the_run(module, flags):
+    """--out and --resume are enough; what only says where, and in what portions, may change."""
+    _, rows, state = run(module, flags(out="whole", steps=3))
+    run(module, flags(out="parts", steps=1))
+    _, again, other = run(module, ["--out", "parts", "--resume", "--steps", "3"])
+    assert same(state, other) and without_seconds(again) == without_seconds(rows)
+    last, *_ = run(module, ["--out", "parts", "--resume", "--steps", "4", "--micro-batch", "4", "--offload"])
+    assert last["steps"] == 4
+
+
+@BOTH
+def test_the_weights_are_written_before_the_last_evaluation(module, flags, monkeypatch):
+    """torchrun kills what has not ended half a minute after Ctrl-C, and bench wants the weights."""
+    honest, there = data.evaluate, []
+    monkeypatch.setattr(data, "evaluate", lambda *args: there.append(Path("out/lora.safetensors").is_file()) or
+                        honest(*args))
+    run(module, flags(lora_rank=4, eval_every=1))
+    assert there == [False, False, False, True, True] and not Path("out/lora.safetensors.new").exists()
+
+
+def test_a_full_disk_leaves_a_folder_that_can_be_used(flags, monkeypatch, capsys):
+    """The write of config.json fails: one line that names the file, nothing half written, and the next start works."""
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as end:
+        m.setattr(os, "fsync", full)
+        dgpo.main(flags())
+    assert end.value.code == 2 and "cannot write out/config.json: No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["last", "samples"]
+    assert run(dgpo, flags())[0]["steps"] == 2
+
+
+def test_json_has_no_nan():
+    row = data.finite({"a": math.nan, "b": {"c": [1.0], "d": -math.inf, "e": {"f": 2.5}}, "g": "NaN"})
+    assert row == {"a": None, "b": {"c": [1.0], "d": None, "e": {"f": 2.5}}, "g": "NaN"}
+    json.dumps(row, allow_nan=False)
+
+
+@BOTH
 def test_minutes_end_a_run(module, flags):
     last, *_ = run(module, flags(steps=100000, minutes=.01, reward="slow"))
     assert 1 <= last["steps"] < 100 and last["seconds"] < 600
@@ -460,7 +500,8 @@ def counting(module, monkeypatch):
 @pytest.mark.parametrize("settings", (
     dict(), dict(cfg_rollout=2.0), dict(cfg_train=2.0, cfg_ref=3.0, timesteps=2), dict(clip_range=.1, cfg_train=1.5),
     dict(method="diffusion-dpo", kl_beta=.1, updates=3, cfg_rollout=0.0), dict(sde=True, eval_every=1),
-    dict(solver="dpm"), dict(hold=0.0), dict(group_size=6, micro_batch=4)),
+    dict(solver="dpm"), dict(hold=0.0), dict(t_min=0.0), dict(group_size=6, micro_batch=4),
+    dict(kl_ref="start", cfg_ref=2.0)),
     ids=str)
 def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
     with counting(dgpo, monkeypatch) as seen:
@@ -470,7 +511,7 @@ def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
 
 @pytest.mark.parametrize("settings", (
     dict(), dict(train_steps=0, cfg_rollout=2.0), dict(kl_beta=.1, cfg_ref=2.0, updates=1),
-    dict(cfg_train=2.0, kl_beta=.1),
+    dict(cfg_train=2.0, kl_beta=.1), dict(cfg_train=2.0, cfg_rollout=2.0, cfg_detach=True),
     dict(cfg_train=2.0, cfg_rollout=2.0), dict(window=2, eval_every=1), dict(sde="cps", window=4, train_steps=0)),
     ids=str)
 def test_grpo_counts_network_passes(settings, flags, monkeypatch):
@@ -478,8 +519,8 @@ def test_grpo_counts_network_passes(settings, flags, monkeypatch):
     with counting(grpo, monkeypatch) as seen:
         _, rows, _ = run(grpo, flags(**settings))
     train = 1 + (settings.get("cfg_train", 1) != 1)
-    if settings.get("cfg_train", 1) == settings.get("cfg_rollout", 1):
-        seen["forwards"] -= rows[1]["backwards"]  # 8 images, the steps that the first rollout trains
+    passes = 1 + settings.get("cfg_detach", False)                     # of a step scored, for each that is trained
+    seen["forwards"] -= rows[1]["backwards"] * passes                  # 8 images, the steps that the first rollout trains
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
 
 
@@ -534,6 +575,18 @@ def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
         skipped.append(run.count["skipped"])
         assert p[0].item() == pytest.approx(0.0 if norm > 20 or math.isnan(norm) else -1.0, abs=1e-5) and p.grad is None
     assert skipped == [0, 0, 1, 2, 3, 3] and run.count["updates"] == 6
+    for _ in range(60):                                                # a rise that lasts is let through in the end
+        p.grad = torch.tensor([100.0, 0.0])
+        run.update(opt, [p], 1.0)
+    assert 5 < run.count["skipped"] - 3 < 40 and statistics.median(run.norms) == 100
+
+
+def test_grpo_says_that_another_policy_is_trained_than_sampled(flags, capsys):
+    for guidance, said in ((1.0, "before the first update the worst |ratio - 1| is"),
+                           (2.0, "--cfg-train 1 is not --cfg-rollout 2")):
+        grpo.main(flags(out=str(guidance), cfg_rollout=guidance))
+        out = capsys.readouterr().out
+        assert out.count("|ratio - 1|") == 1 and said in out
 
 
 def test_grpo_refuses_ratios_that_are_off(flags, monkeypatch, capsys):
@@ -617,6 +670,9 @@ def test_the_first_step_of_one_mode_is_that_of_another(flags):
                                x0=dict(dsm="x0"),
                                batch=dict(adv_std="batch"), scale=dict(cfg_ref=2.0), noisy=dict(sde=True)).items():
         assert not same(first(dgpo, name, **settings), plain), name
+    for ref, alike in (("start", True), ("ema", False)):               # the KL's anchor, once the two have parted
+        pair = [first(dgpo, ref + kl, steps=3, ref=ref, kl_beta=1.0, kl_ref=kl) for kl in ("ref", "start")]
+        assert same(*pair) == alike
     whole = first(dgpo, "three", steps=3)                              # the rollout's weights: the ratio is exactly 1
     assert same(first(dgpo, "close", steps=3, clip_range=1e-6), whole)
     assert not same(first(dgpo, "far", steps=3, clip_range=1e-6, clip_old="ema"), whole)
@@ -662,7 +718,8 @@ def test_the_times_below_the_clip_are_held(flags, monkeypatch):
     assert len(t) == 2 * 10 * 2 * 2 * 2 and 0 <= t.min() < .05 and .35 < t.max() < .4  # runs, steps, updates, groups
     assert (seen[0][1] == 0).all() and (seen[-1][1] > 0).all()
     seen.clear()
-    assert run(dgpo, flags(out="off", hold=0.0))[1][-2]["hold"] == 0 and not seen
+    for name, settings in dict(off=dict(hold=0.0), all=dict(t_min=0.0)).items():       # no time that is not trained
+        assert run(dgpo, flags(out=name, **settings))[1][-2]["hold"] == 0 and not seen
 
 
 @BOTH
