@@ -43,14 +43,14 @@ class Config:
     preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
-    gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
-    sample_steps: int = 10              # network evaluations of a rollout                         [paper, Sec. 4.1]
+    sample_steps: int = 10              # network evaluations of a rollout                         [paper, Sec. 3.2]
     eval_steps: int = 10                # the same for evaluation
     groups: int = 8                     # prompts a rollout, over all processes
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
@@ -62,20 +62,21 @@ class Config:
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
     beta: float = 100.0                 # Eq. (4)                                                  [released code]
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
-    t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]                           [paper, Sec. 3.2]
+    t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]; 0: none       [paper, Sec. 3.2, no value]
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
     grid: bool = False                  # t from the sampler's times, without replacement          [released code]
     updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
     ref: str = "ema"                    # theta_ref: start (frozen, paper), ema, or old (the weights that sampled)
-    rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the reference model)
+    rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the first model)
     ema: float = 0.98                   # decay of the moving average, per update; evaluated and saved (0: off)
     ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
-    rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 200]
+    rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 500]
     clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
+    kl_ref: str = "ref"                 # v_ref of the KL: theta_ref's (ref), or start's       [released code: start]
     hold: float = 0.1                   # weight of hold_error: the sampler's last steps stay what they were; 0: off
-    hold_below: float = 0.25            # the times that it holds, below t_min
+    hold_below: float = 0.25            # the times that it holds, and none from t_min on
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -93,7 +94,7 @@ class Config:
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
     offload: bool = False               # the VAE waits on the CPU while the network works
     compile: bool = False               # torch.compile of the network's blocks
-    merge_lora: bool = False            # the LoRA is added into the weights where nothing is trained; rounds in bf16
+    merge_lora: bool = False            # the LoRA is added into the weights in rollouts and evaluation; rounds in bf16
     fsdp: bool = False                  # FSDP2: weights and optimizer in shards (full fine-tuning, torchrun)
     text_length: int = 0                # T5's tokens; 0: SD3 128 (released code), FLUX.1-dev 512, -schnell 256
     text_cache: str = ""                # folder of the encoded prompts; empty: weights/text, nothing for small encoders
@@ -105,13 +106,13 @@ class Config:
     save_every: int = 10                # steps between checkpoints
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/dgpo-NNN
-    resume: bool = False                # go on from OUT/last, bit for bit
+    resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
     fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
 
     def __post_init__(self):
         data.check_common(self)
         for name, options in dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
-                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"),
+                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"), kl_ref=("ref", "start"),
                                   schedule=("", "linear", "sd3", "dpm", "ddim"),
                                   solver=("", "euler", "dpm", "ddim"), adv_std=("group", "batch", "none"),
                                   rollout=("current", "ema", "start")).items():
@@ -134,7 +135,7 @@ RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",     
                 minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True,
                 overlap=True)                                          # these two lines ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
-                rollout="ema", rollout_after=200)                      # the released code's departures from Alg. 1
+                rollout="ema", rollout_after=500)                      # the released code's departures from Alg. 1
 PAPER = dict(timesteps=1, ema=0.0, kl_beta=0.0, group_size=24, groups=32, t_min=0.6)      # Alg. 1; sizes, t_min: ours
 MODEL = {
     "sd3": dict(solver="dpm", schedule="dpm", shift=3.0, eval_steps=14, lora_rank=64, cfg_rollout=4.5, cfg_eval=4.5),
@@ -286,8 +287,9 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
-    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, where t_cap < 1, the schedule's second
-                  time, stands for t in 1 - t; ValueError without it.      Flow-GRPO, arXiv:2505.05470, Eq. 9
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so where t > t_cap, t_cap < 1, the
+                  schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
+                                                                           Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
     kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
@@ -301,7 +303,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     elif kind in ("flow", "dance"):
         if kind == "flow" and t == 1 and t_cap is None:
             raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
-        s = noise_level * (math.sqrt(t / (1 - (t_cap if t == 1 else t))) if kind == "flow" else 1)
+        cap = t if t_cap is None else min(t, t_cap)
+        s = noise_level * (math.sqrt(t / (1 - cap)) if kind == "flow" else 1)
         std = s * math.sqrt(-dt)
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
@@ -405,7 +408,54 @@ def draw_time(cfg, times, ddpm, seed, step, group, update, draw):
     return min(int(t * 1000), 999) if ddpm else t
 
 
-HELD = 4                                # one image in four is enough for it
+def draw_noise(cfg, times, ddpm, keys, G, like):
+    """One t and one eps for each group, Alg. 1, repeated for its G images: (n G,), (n G, C, H, W). keys: n groups'."""
+    t = torch.tensor([draw_time(cfg, times, ddpm, *key) for key in keys], device=like.device, dtype=like.dtype)
+    eps = torch.stack([data.noise(like.shape[1:], *key, "eps", device=like.device, dtype=like.dtype) for key in keys])
+    return t.repeat_interleave(G), eps.repeat_interleave(G, 0)
+
+
+def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, total, cfg, ddpm):
+    """Add the gradient of whole groups to the parameters': Eq. (4) over beta, and the KL, as shares of a batch's means.
+
+    ref, kl_ref, clip_old: the weights of the reference, the KL's, the clip's; x_0, eps: (B, C, H, W); t, adv: (B,);
+    total: images in the batch. Returns what these images add to the means of loss, KL and denoising loss, (3,).
+    """
+    x_t, logs = noised(x_0, eps, t, ddpm), x_0.new_zeros(3)
+    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(t), cfg.micro_batch)]    # two or more: of one group
+
+    def velocity(scale, p):                                            # (b, C, H, W)
+        return guided(net, x_t[p], t[p], [c[p] for c in ctx], null, scale)
+
+    def dsm_of(v, p=slice(None)):                                      # (b,)  Eq. (3)
+        return dsm_loss(v, x_0[p], eps[p], t[p], cfg.dsm, ddpm)
+
+    def by(weights, scale):                                            # (B, C, H, W), without gradients
+        with torch.no_grad(), models.using(params, weights):
+            return torch.cat([velocity(scale, p) for p in pieces])
+    v_ref = by(ref, cfg.cfg_ref)
+    v_kl, dsm_ref = v_ref if kl_ref is ref else by(kl_ref, cfg.cfg_ref), dsm_of(v_ref)
+    dsm_old = dsm_of(by(clip_old, cfg.cfg_train)) if cfg.clip_range else None
+    if len(pieces) > 1:                                                # z_g first, then the group in parts
+        dsm = dsm_of(by(None, cfg.cfg_train))
+        slope, whole = dgpo_slope(dsm, dsm_ref, adv, G, cfg.beta), dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)
+    for p in pieces:
+        v = velocity(cfg.cfg_train, p)
+        dsm = dsm_of(v, p)
+        if cfg.clip_range:
+            dsm = clip_dsm(dsm, dsm_old[p], adv[p], cfg.clip_range)
+        if len(pieces) > 1:
+            loss = (slope[p] * adv[p] * dsm).mean()
+        else:
+            whole = dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)          # Eq. (4)
+            loss = whole / cfg.beta
+        kl, share = (v - v_kl[p]).square().mean(), len(v) / total
+        ((loss + cfg.kl_beta * kl) * share).backward()
+        logs += torch.stack([whole, kl, dsm.mean()]).detach() * share
+    return logs
+
+
+HELD = 4                                # one image in four of a group is enough for it
 
 
 def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
@@ -417,8 +467,23 @@ def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
     """
     x_t = noised(x_0, eps, t, ddpm)
     with torch.no_grad(), models.using(params, start):
-        v_start = guided(net, x_t, t, ctx, null, cfg.cfg_ref)
+        v_start = guided(net, x_t, t, ctx, null, cfg.cfg_train)
     return (guided(net, x_t, t, ctx, null, cfg.cfg_train) - v_start).square().flatten(1).mean(1)
+
+
+def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
+    """Add the gradient of hold_error on some of each group's images, at times of their own. Arguments as in learn.
+
+    keys: the groups'; total: such images in the batch. Returns what these add to the mean, ().
+    """
+    below, log = min(cfg.hold_below, cfg.t_min), x_0.new_zeros(())
+    low = t.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])
+    low = (low * 1000).floor() if ddpm else low
+    for few in torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten().split(cfg.micro_batch):
+        error = hold_error(net, params, start, x_0[few], eps[few], low[few], [c[few] for c in ctx], null, cfg, ddpm)
+        (cfg.hold * error.sum() / total).backward()
+        log += error.detach().sum() / total
+    return log
 
 
 def train(cfg):
@@ -441,13 +506,16 @@ def train(cfg):
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
              if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]
+    if cfg.grid and not times:
+        raise ValueError(f"--grid: none of the sampler's {cfg.sample_steps} times is above --t-min {cfg.t_min}: take "
+                         f"more --sample-steps, or a lower --t-min")
     if pipe.ddpm and cfg.sde and cfg.noise_level > 1:
         raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
                          f"more has no mean; try 1")
     if pipe.ddpm and cfg.dsm == "elbo":
         raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
-    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
+    holds = cfg.hold and min(cfg.hold_below, cfg.t_min) > 0            # from t_min on all times are trained
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.prepare(pipe, [*rows["train"], *test, *val])
     run.begin()
@@ -469,6 +537,7 @@ def train(cfg):
         old = {"current": None, "ema": ema, "start": start}[who]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
             old = [p.detach().clone() for p in old or params]
+        chunk = max(1, cfg.micro_batch // cfg.group_size)              # whole groups at once
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         x_0 = []
         with models.using(params, old):
@@ -481,66 +550,28 @@ def train(cfg):
         images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
+        spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
         if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group
             keep, adv = best_and_worst(adv, G)
             x_0, ctx, G = x_0[keep], [c[keep] for c in ctx], 2
+            chunk = max(1, cfg.micro_batch // G)
+        held = -(-G // HELD) if holds else 0                           # images of each group
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
-        clip_old = {"rollout": old, "ema": ema}[cfg.clip_old]
-        logs = torch.zeros(4, device=run.device, dtype=x_0.dtype)      # loss, kl, dsm, hold: means over the batch
+        kl_ref, clip_old = {"ref": ref, "start": start}[cfg.kl_ref], {"rollout": old, "ema": ema}[cfg.clip_old]
+        total, logs = cfg.groups * G * cfg.timesteps, x_0.new_zeros(4)                     # logs: loss, kl, dsm, hold
         for update in range(cfg.updates):
             for draw in range(cfg.timesteps):
                 for g in range(0, mine, chunk):
-                    s, n = slice(g * G, (g + chunk) * G), min(chunk, mine - g)
-                    key = [(cfg.seed, step, run.rank * mine + g + j, update, draw) for j in range(n)]
-                    t = [draw_time(cfg, times, pipe.ddpm, *k) for k in key]
-                    t = torch.tensor(t, device=run.device, dtype=x_0.dtype).repeat_interleave(G)      # (n G,)
-                    eps = torch.stack([data.noise(x_0.shape[1:], *k, "eps", device=run.device, dtype=x_0.dtype)
-                                       for k in key]).repeat_interleave(G, 0)              # (n G, C, H, W)
-                    x_t = noised(x_0[s], eps, t, pipe.ddpm)
-                    part, A = [c[s] for c in ctx], adv[s]
-                    # Whole groups at once; only a group that is larger than micro_batch in parts, see dgpo_slope.
-                    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, n * G, cfg.micro_batch)]
-                    whole = None
-
-                    def velocity(scale, p):
-                        return guided(net, x_t[p], t[p], [c[p] for c in part], null, scale)
-
-                    def dsm_of(v, p=slice(None)):
-                        return dsm_loss(v, x_0[s][p], eps[p], t[p], cfg.dsm, pipe.ddpm)    # (n G,)  Eq. (3)
-                    with torch.no_grad():
-                        with models.using(params, ref):
-                            v_ref = torch.cat([velocity(cfg.cfg_ref, p) for p in pieces])
-                        dsm_ref, dsm_old = dsm_of(v_ref), None
-                        if cfg.clip_range:
-                            with models.using(params, clip_old):
-                                dsm_old = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
-                        if len(pieces) > 1:
-                            dsm = dsm_of(torch.cat([velocity(cfg.cfg_train, p) for p in pieces]))
-                            slope = dgpo_slope(dsm, dsm_ref, A, G, cfg.beta)
-                            whole = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta
-                    for p in pieces:
-                        v = velocity(cfg.cfg_train, p)
-                        dsm = dsm_of(v, p)
-                        if cfg.clip_range:
-                            dsm = clip_dsm(dsm, dsm_old[p], A[p], cfg.clip_range)
-                        if whole is None:
-                            loss = dgpo_loss(dsm, dsm_ref, A, G, cfg.beta) / cfg.beta      # Eq. (4)
-                        else:
-                            loss = (slope[p] * A[p] * dsm).mean()
-                        kl, share = (v - v_ref[p]).square().mean(), len(v) / (cfg.groups * G * cfg.timesteps)
-                        ((loss + cfg.kl_beta * kl) * share).backward()
-                        shown = (loss if whole is None else whole) * cfg.beta
-                        logs[:3] += torch.stack([shown, kl, dsm.mean()]).detach() * share
-                        few = [i for i in range(n * G)[p] if i % G % HELD == 0]            # some of every group
-                        if cfg.hold and few:
-                            t_low = t.new_tensor(sum((data.uniform(G, *k, "hold") for k in key), []))[few]
-                            t_low = (t_low * cfg.hold_below * 1000).floor() if pipe.ddpm else t_low * cfg.hold_below
-                            hold = hold_error(net, params, start, x_0[s][few], eps[few], t_low, [c[few] for c in part],
-                                              null, cfg, pipe.ddpm).sum() / (cfg.groups * -(-G // HELD) * cfg.timesteps)
-                            (cfg.hold * hold).backward()
-                            logs[3] += hold.detach()
+                    s, turn = slice(g * G, (g + chunk) * G), range(g, min(g + chunk, mine))
+                    keys = [(cfg.seed, step, run.rank * mine + j, update, draw) for j in turn]
+                    t, eps = draw_noise(cfg, times, pipe.ddpm, keys, G, x_0)               # (n G,), (n G, C, H, W)
+                    batch = x_0[s], eps, t, [c[s] for c in ctx], null
+                    logs[:3] += learn(net, params, ref, kl_ref, clip_old, *batch, adv[s], G, total, cfg, pipe.ddpm)
+                    if held:
+                        logs[3] += hold(net, params, start, *batch, keys, G, cfg.groups * held * cfg.timesteps, cfg,
+                                        pipe.ddpm)
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
@@ -550,15 +581,17 @@ def train(cfg):
         run.count["images"] += cfg.groups * cfg.group_size
         both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
         seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
-        scored = both["ref"] + both["train"] * (1 + (cfg.clip_range > 0) + (cfg.micro_batch < G))  # passes for each
-        held = cfg.groups * -(-G // HELD) * cfg.updates * cfg.timesteps if cfg.hold else 0
+        scored = both["ref"] * (1 + (kl_ref is not ref)) + both["train"] * (1 + (cfg.clip_range > 0) +
+                                                                            (cfg.micro_batch < G))  # passes for each
+        held *= cfg.groups * cfg.updates * cfg.timesteps
         run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * scored
-        run.count["forwards"] += held * (both["ref"] + both["train"])
+        run.count["forwards"] += 2 * held * both["train"]
         run.count["backwards"] += (seen + held) * both["train"]
-        loss, kl, dsm, hold = (run.sum(logs) / cfg.updates).tolist()
+        loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, "dsm": dsm, "hold": hold, "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size), "rewards": scoring.terms()}
+               "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm,
+               "stats": run.mean(data.image_stats(images, cfg.group_size)), "rewards": scoring.terms(),
+               "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= data.validate(sample, pipe, val, judges, cfg, run)

@@ -180,6 +180,7 @@ def test_groups_and_processes(module, small, refused, monkeypatch):
 
 
 def test_combinations(small, refused):
+    refused(dgpo, [*small, "--grid", "--schedule", "dpm", "--t-min", ".9999"], "--grid", "--t-min 0.9999")
     refused(grpo, [*small, "--updates", "2", "--groups", "3"], "--groups 3", "--updates 2")
     refused(grpo, [*small, "--sde", "cps", "--sample-steps", "1", "--train-steps", "1"], "--sample-steps 1", "cps")
     for flag in ("--ref", "--rollout", "--clip-old"):
