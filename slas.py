@@ -52,27 +52,27 @@ class Config:
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
-    gold_reward: str = ""               # logged beside it, trained on by nobody; empty: shapes-strict, else none
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
-    sample_steps: int = 10              # T, network evaluations of a rollout                      [paper, Sec. 5.1]
-    eval_steps: int = 10                # the same for evaluation, by ODE                          [paper: 40]
-    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 48]
-    group_size: int = 24                # G, images a prompt                                       [paper, Sec. 5.1]
+    sample_steps: int = 10              # T, network evaluations of a rollout                 [Flow-GRPO, Sec. 5.1]
+    eval_steps: int = 10                # the same for evaluation, by ODE                          [Flow-GRPO: 40]
+    groups: int = 8                     # prompts a rollout, over all processes                    [Flow-GRPO: 48]
+    group_size: int = 24                # G, images a prompt                                       [Flow-GRPO, Sec. 5.1]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
     solver: str = ""                    # of evaluation's ODE: euler, dpm (DPM-Solver++(2M)); empty: euler, SD1's ddim
     schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
-    sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: flow, or ddim
-    noise_level: float = 0.7            # a in Eq. (2)                                             [paper, Sec. 5.1]
-    shared_noise: bool = False          # the images of a group start from one noise               [DanceGRPO's code]
+    sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: the method's
+    noise_level: float = 0.3            # a in Eq. (2), SD1's eta; --method flow: 0.7              [DanceGRPO's code]
+    shared_noise: bool = True           # the images of a group start from one noise               [DanceGRPO's code]
     clean_final: bool = False           # the reward sees the last step's x_0hat, not its state    [DanceGRPO's FLUX]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
-    train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all    [paper: all]
+    train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all but the last
     updates: int = 2                    # optimizer steps a rollout, on disjoint groups            [released code]
     clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
     kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
@@ -83,7 +83,7 @@ class Config:
     gamma: str = "1"                    # in (6), 0 or more; auto: the largest that (7) allows     [ours: not published]
     kl_budget: float = 1.0              # delta in (7); the bound is far above the KL that is measured  [ours]
     fisher_every: int = 10              # rollouts between estimates of lambda_max and G2; 0: none, and no KL logged
-    fisher_images: int = 4              # images that these and the KL are measured on             [ours]
+    fisher_images: int = 4              # images that these and the KL are measured on, at least one a process  [ours]
     recenter: bool = False              # (6) by the true maximiser, with lam                      [paper: without]
     adv_std: str = ""                   # the batch's std divides before (6), after, batch (both), none; empty: batch
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -113,8 +113,8 @@ class Config:
     val_images: int = 240               # validation images, on the way
     save_every: int = 10                # steps between checkpoints
     seed: int = 0                       # everything random is a function of (seed, step, group)
-    out: str = ""                       # the run's folder; empty: a free runs/grpo-NNN
-    resume: bool = False                # go on from OUT/last, bit for bit
+    out: str = ""                       # the run's folder; empty: a free runs/slas-NNN
+    resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
     fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
 
     def __post_init__(self):
@@ -159,14 +159,16 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
-        "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,     # its FLUX run: 2 prompts a GPU, 60 % of steps
+        "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,      # its FLUX run: 2 prompts a GPU
         "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
         "fisher_every": 0,                                             # no second derivatives in shards
         "eval_steps": 28}                                              # ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
         "cfg_eval": 5.0, "eval_steps": 50, "reward": "hpsv2:1,clip-dfn:1"}                            # [SLAS, Sec. 6.1]
-METHODS = {"flow": {}, "dance": dict(noise_level=0.3, shared_noise=True)}          # under the preset and the flags
+METHODS = {                                                           # under a preset of this method, above another's
+    "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
+    "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
@@ -212,15 +214,16 @@ def max_gamma(limit, dr=None, R=None, K=None, most=4.0):
     The moment E|dr|^2p, p = 1 + gamma, is the mean over dr (B,) (Thm. 4), or its bound R^2p if |dr| <= R (Cor. 1: no
     limit to gamma if R <= 1), or its bound 2 K^2p Gamma(p+1) if E exp(dr^2/K^2) <= 2 (Cor. 2: gamma grows as a log).
     """
-    def moment(p):                                                     # convex in p, so it passes the limit once
+    def moment(p):                                                     # convex in p, so an interval is allowed
         if dr is not None:
             return dr.double().abs().pow(2 * p).mean().item()
         return 2 * K ** (2 * p) * math.gamma(p + 1) if R is None else R ** (2 * p)
-    low, high = 0.0, most
-    for _ in range(50 if moment(1) <= limit < moment(1 + most) else 0):
+    low = max((g for g in (most * i / 1000 for i in range(1001)) if moment(1 + g) <= limit), default=0.0)
+    high = min(most, low + most / 1000)
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if moment(1 + middle) <= limit else (low, middle)
-    return most if moment(1 + most) <= limit else low
+    return low
 
 
 # == same: policy loss (grpo proxt2i slas) ==
@@ -310,8 +313,9 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
-    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, where t_cap < 1, the schedule's second
-                  time, stands for t in 1 - t; ValueError without it.      Flow-GRPO, arXiv:2505.05470, Eq. 9
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so where t > t_cap, t_cap < 1, the
+                  schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
+                                                                           Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
     kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
@@ -325,7 +329,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     elif kind in ("flow", "dance"):
         if kind == "flow" and t == 1 and t_cap is None:
             raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
-        s = noise_level * (math.sqrt(t / (1 - (t_cap if t == 1 else t))) if kind == "flow" else 1)
+        cap = t if t_cap is None else min(t, t_cap)
+        s = noise_level * (math.sqrt(t / (1 - cap)) if kind == "flow" else 1)
         std = s * math.sqrt(-dt)
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
@@ -461,6 +466,7 @@ def train(cfg):
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
+    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # the others' std holds no sqrt(-dt)
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
@@ -471,7 +477,7 @@ def train(cfg):
     run.restore(params, ema, opt)
     if not run.state:
         data.log_start(sample, pipe, val, judges, cfg, run)
-    checked = cfg.cfg_train != cfg.cfg_rollout                         # then the ratio is none of one policy to itself
+    checked = False
 
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
@@ -544,7 +550,7 @@ def train(cfg):
                     if cfg.kl_beta:
                         with torch.no_grad(), models.using(params, start):
                             _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
-                        kl = kl_loss(mean, mean_ref, v, v_ref, std, ts[i + 1] - ts[i], cfg.kl_form)   # Eq. (4)
+                        kl = kl_loss(mean, mean_ref, v, v_ref, std, dts[i], cfg.kl_form)           # Eq. (4)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[i][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
@@ -570,11 +576,12 @@ def train(cfg):
         passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
         run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
                                                                 + len(trained) * passes)
-        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (1 + (cfg.cfg_train != 1))
+        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (
+            1 + (cfg.cfg_train != 1 and not cfg.cfg_detach))
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": data.image_stats(images, cfg.group_size),
+               "stats": run.mean(data.image_stats(images, cfg.group_size)),
                "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):

@@ -210,6 +210,18 @@ def test_sde_keeps_the_marginals_of_a_gaussian(kind):
     assert abs(mean - MEAN) < 1e-3 and abs(std - STD) < 1e-3
 
 
+@pytest.mark.parametrize("schedule", ("linear", "sd3", "dpm"))
+def test_the_first_step_of_flow_is_tame_on_every_schedule(schedule):
+    """Ten steps, of which the dpm schedule's first is at .9997: there, too, the second time stands in 1 - t."""
+    ts, probe = models.schedule(10, 3.0, schedule), torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    mean, var = marginal(ts[0])
+    for t, t_next in zip(ts, ts[1:]):
+        _, _, out, std = grpo.sde_step(velocity(probe, t), probe, t, t_next, .7, eps=probe, t_cap=ts[1])
+        b, a = out[0].item(), (out[1] - out[0]).item()
+        mean, var = a * mean + b, a ** 2 * var + std ** 2
+        assert .4 < math.sqrt(var / marginal(t_next)[1]) < 2, t
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sde_samples_have_the_datas_mean_and_std(kind):
     """Drawn with eps, within four standard errors of what the moments above say."""

@@ -325,6 +325,9 @@ def test_max_gamma():
         assert slas.max_gamma(limit, R=R) <= gamma
     assert slas.max_gamma(.9, z) == 0 and slas.max_gamma(math.inf, z) == 4 and slas.max_gamma(1.0, 0 * z) == 4
     assert slas.max_gamma(.5, R=.02) == 4                              # R < 1, as HPS: no bound
+    rare = torch.tensor([.3] * 99 + [1.5]).double()                    # allowed from 0.6 to 1.9: first less, then more
+    gamma = slas.max_gamma(.1, rare)
+    assert rare.pow(2).mean() > .1 and rare.pow(2 * (1 + gamma)).mean() == pytest.approx(.1, rel=1e-6) and gamma > 1
     # Cor. 2: K with E exp(z^2/K^2) = 2 bounds every moment, and gamma grows more slowly than the limit's logarithm
     K = scipy.optimize.brentq(lambda k: (z / k).square().exp().mean().item() - 2, 1, 10)
     gammas = [slas.max_gamma(10.0 ** n, K=K, most=50.0) for n in (2, 4, 8, 16)]
@@ -459,6 +462,23 @@ def test_presets(monkeypatch):
     cfg = data.cli(slas.Config, slas.PRESETS, [], slas.METHODS)
     assert (cfg.model, cfg.method, cfg.noise_level, cfg.shared_noise) == ("tiny", "dance", .3, True)
     assert data.cli(slas.Config, slas.PRESETS, ["--model", "sd35m"], slas.METHODS).method == "flow"
+
+
+@pytest.mark.parametrize("module", (grpo, slas))
+def test_a_method_that_is_not_the_presets_brings_its_own_numbers(module, monkeypatch):
+    """On SD3.5, whose presets are Flow-GRPO's, and on FLUX, whose are DanceGRPO's; flags stand above both."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def kind(*line):
+        cfg = data.cli(module.Config, module.PRESETS, list(line), module.METHODS)
+        return cfg.sde or cfg.method, cfg.noise_level, cfg.kl_beta, cfg.shared_noise, cfg.clean_final
+    assert kind("--model", "sd35m") == ("flow", .7, .04, False, False)
+    assert kind("--model", "sd35m", "--method", "flow") == ("flow", .7, .04, False, False)
+    assert kind("--model", "sd35m", "--method", "dance") == ("dance", .3, 0, True, False)
+    assert kind("--model", "sd35m", "--method", "dance", "--noise-level", ".5") == ("dance", .5, 0, True, False)
+    assert kind("--model", "flux") == ("dance", .3, 0, True, True)
+    assert kind("--model", "flux", "--method", "flow") == ("flow", .7, 0, False, False)
+    assert data.cli(module.Config, module.PRESETS, ["--model", "flux"], module.METHODS).shift == 3
 
 
 def test_the_diff_is_the_paper():
