@@ -7,8 +7,8 @@
 
 Every run is a process of the method's own script, its command line printed; flags that are not the race's go to all
 of them. Started again after any kill, the race leaves what is finished and resumes what is not. A finished run's
-validation points and two test scores, before and after, go to the csv at once. The strict score is the gold one,
-trained on by nobody; the proxy is the trained reward; both are of held-out prompts.
+validation points and two test scores, before and after, go to the csv at once. The proxy is the reward that is trained
+on, strict the tiny world's own verdict, right or wrong: half of the reward `shapes`, no part of `tiny-clip`.
 """
 import argparse
 import csv
@@ -50,6 +50,7 @@ VARIANTS = {    # ablations, each beside its method's own run, "base"
              "group-8": "--group-size 8 --groups 24",                  # other groups, as many images (base: 24 x 8),
              "group-16": "--group-size 16 --groups 12",
              "ref-start": "--ref start",                               # a frozen reference (base: the moving average),
+             "kl-start": "--kl-ref start",                             # the KL to the start, as released
              "beta-10": "--beta 10",                                   # another beta (base: 100),
              "beta-1000": "--beta 1000",
              "clip": "--clip-range 0.01",                              # the released code's PPO-like clip,
@@ -100,7 +101,7 @@ def plan(args, rows):
     if args.tune:
         return [dict(shared, method=method, variant="tune", settings=METHODS[method][i], seed=TUNE_SEED)
                 for i in (1, 2, 3) for method in args.methods]
-    return [dict(shared, method=method, variant=variant, settings=chosen(rows, method, args.reward), seed=seed)
+    return [dict(shared, method=method, variant=variant, settings=chosen(rows, method, shared), seed=seed)
             for seed in range(args.seeds) for method in args.methods
             for variant in ("base", *(v for v in VARIANTS.get(method, ()) if {v, "all"} & set(args.variants)))]
 
@@ -162,18 +163,19 @@ def append(file, rows):
         os.close(turn)
 
 
-def tried(rows, method, reward):
+def tried(rows, method, race):
     """{settings: the last validation score, strict} of a method's tuning runs, the last in the file of each.
 
-    Tune for as long as the race: what is ahead after two minutes may have collapsed after five.
+    race: its reward, budget and flags. What is ahead after two minutes may have collapsed after five, so only tuning
+    for as long as the race counts.
     """
-    return {row["settings"]: row["strict"] for row in rows
-            if (row["method"], row["reward"], row["variant"]) == (method, reward, "tune")}
+    return {row["settings"]: row["strict"] for row in rows if (row["method"], row["variant"]) == (method, "tune")
+            and all(row[key] == race[key] for key in ("reward", "budget", "flags"))}
 
 
-def chosen(rows, method, reward):
+def chosen(rows, method, race):
     """The best settings in METHODS by `tried`, once all three were; else "", the script's defaults."""
-    found = tried(rows, method, reward)
+    found = tried(rows, method, race)
     return max(METHODS[method][1:], key=found.__getitem__) if found.keys() >= set(METHODS[method][1:]) else ""
 
 
@@ -224,10 +226,11 @@ def main(argv=None):
                 child.kill()
             raise
     report(args.csv)
-    tuned = [row for row in read(args.csv) if row["variant"] == "tune"]
-    for method, reward in dict.fromkeys((row["method"], row["reward"]) for row in tuned):
-        found = [f"{settings or 'defaults'} {score:.3f}" for settings, score in tried(tuned, method, reward).items()]
-        print(f"{method} on {reward}: {', '.join(found)}; chosen: {chosen(tuned, method, reward) or 'defaults'}")
+    rows, kinds = read(args.csv), ("method", "reward", "budget", "flags")
+    for kind in dict.fromkeys(tuple(row[key] for key in kinds) for row in rows if row["variant"] == "tune"):
+        race = dict(zip(kinds, kind))
+        found = [f"{settings or 'defaults'} {score:.3f}" for settings, score in tried(rows, kind[0], race).items()]
+        print(f"{' '.join(filter(None, kind))}: {', '.join(found)}; chosen: {chosen(rows, kind[0], race) or 'defaults'}")
     for line in filter(None, failed):
         print(f"failed: {line}", file=sys.stderr)
     return int(any(failed))

@@ -230,8 +230,10 @@ def test_the_choice_is_by_validation_once_all_were_tried():
     settings = race.METHODS["dgpo"][1:]
     rows = [row for text, points in zip(settings, ([.2, .4], [.2, .5], [.6, .3]))
             for row in rows_of("dgpo", 1000, [(0, 0, y) for y in points], (0, 0), variant="tune", settings=text)[:2]]
-    assert race.chosen(rows, "dgpo", "shapes") == settings[1] == "--lr 4e-4"       # not .6, which did not last
-    assert race.chosen(rows[:4], "dgpo", "shapes") == "" == race.chosen(rows, "dgpo", "tiny-clip")
+    here = dict(reward="shapes", budget="8 minutes", flags="")
+    assert race.chosen(rows, "dgpo", here) == settings[1] == "--lr 4e-4"           # not .6, which did not last
+    assert race.chosen(rows[:4], "dgpo", here) == "" == race.chosen(rows, "dgpo", here | {"reward": "tiny-clip"})
+    assert race.chosen(rows, "dgpo", here | {"budget": "6 minutes"}) == ""         # not tuned for as long
     args = race.parsed(["--methods", "dgpo,slas", "--seeds", "2", "--variants", "sde"])
     assert [(run["method"], run["variant"], run["settings"], run["seed"]) for run in race.plan(args, rows)] == [
         ("dgpo", "base", "--lr 4e-4", 0), ("dgpo", "sde", "--lr 4e-4", 0), ("slas", "base", "", 0),
