@@ -14,12 +14,13 @@ makes one from a name, a weighted sum of names, or a function of yours.
     OCR            ocr (PP-OCRv4), ocr-gold (CRAFT + CRNN): the text between the prompt's double quotes
     Judges         unifiedreward, unifiedreward-2, deqa, unigenbench, vlm: models behind a server
     Benchmarks     bench: images of a model, made and scored under a protocol that is written down
-    Command line   scores a folder of images, or runs a benchmark
+    Command line   scores a folder of images, GenEval's too, or runs a benchmark
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
     python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
     python rewards.py bench                                     # the tiny model on the tiny world, half a minute
     python rewards.py bench --model sd35m --lora F --benchmark geneval
+    python rewards.py geneval DIR                               # images of others, in GenEval's own folders
     python rewards.py train-proxy                               # makes tests/tiny-clip again
 """
 import argparse
@@ -70,15 +71,19 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     device: where the images go to be scored; the scores come back to where the images were.
     dtype: float32, or bfloat16 for the matrix products of the CLIP rewards and imagereward; all else, features, cosines
-    and the last layers' sums, is float32, and so are rewards with thresholds: geneval, ocr, shapes.
-    Raises ValueError, in one line, for a spec that cannot be loaded. The score raises RuntimeError, naming the reward,
-    when a reward does not return one number an image. A NaN stays where it is: it marks a failed reward, and the
-    trainer masks it. The trainer hands over a rollout in chunks, whole groups, from a thread beside the next one's
-    rollout (or, without --overlap, from the main thread): an image's reward may depend on its group, on no other image.
+    and the last layers' sums, is float32 (a GPU's convolutions TF32, by cuDNN's default), and so are rewards with
+    thresholds: geneval, ocr, shapes.
+    Raises ValueError, in one line, for a spec that cannot be loaded. The score raises ValueError for other arguments
+    than these (meta None: {} for each image), and RuntimeError, naming the reward, when a reward does not return one
+    number an image. A NaN stays where it is: it marks a failed reward, and the trainer masks it. The trainer hands over
+    a rollout in chunks, whole groups, from a thread beside the next one's rollout (or, without --overlap, from the main
+    thread): an image's reward may depend on its group, on no other image.
     score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
     score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
     looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: rewards are computed in 'float32', or some of them in 'bfloat16'")
     terms = []
     for term in spec.split(","):
         name, _, factor = term.strip().rpartition(":")
@@ -91,7 +96,13 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     if dtype == "bfloat16" and not rounded:
         raise ValueError(f"the reward {spec!r} is computed in float32: bfloat16 is for CLIP's and for imagereward")
 
-    def score(images, prompts, meta):
+    def score(images, prompts, meta=None):
+        meta = [{}] * len(images) if meta is None else meta
+        if not (torch.is_tensor(images) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
+                and not isinstance(prompts, str) and len(images) == len(prompts) == len(meta)):
+            got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
+            raise ValueError(f"cannot score {got} with {len(prompts)} prompts ({type(prompts).__name__}), {len(meta)} "
+                             f"metas: images are floats (B, 3, H, W) in [0, 1], prompts and metas lists of length B")
         total, seen = torch.zeros(len(images), device=images.device), images.to(device)
         for name, factor, reward in terms:
             with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
@@ -351,6 +362,7 @@ def _wanted(metas, device):
                     direction = data.RELATIONS[o["position"][0]]
                     known = o["position"][1] == 0 and o is meta["include"][1] and len(objects) == 2
             known &= 1 <= len(objects) <= 4 and all(c in KINDS and (h is None or h in HUES) for c, h in objects)
+            known &= not any(h and (c, None) in objects for c, h in objects)               # a red one counts for both
         except (AttributeError, IndexError, KeyError, TypeError):
             known = False
         if not known:
@@ -735,28 +747,31 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
 
 
 def clip_pixels(images, size, how="pil"):
-    """Images (B, 3, H, W) in [0, 1] as a CLIP sees them: (B, 3, size, size), normalised, in one of four ways.
+    """Images (B, 3, H, W) in [0, 1] as a CLIP sees them: (B, 3, size, size), normalised, in one of five ways.
 
     pil       8 bits, PIL's bicubic to a short side of `size`, centre crop: transformers' CLIPImageProcessor
     bicubic   the same on the images' device, without rounding to 8 bits: faster, a little off the reference
     bilinear  as DGPO's CLIP score, which takes the default of torchvision's Resize
     pad       HPSv2: 8 bits, then floats; bicubic to a long side of `size`, and a black frame: nothing is cropped
+    squash    DFN5B in open_clip: 8 bits, PIL's bicubic to `size` x `size`, whatever the image's shape
 
     The crop starts at floor((long - size) / 2), as in transformers; torchvision rounds, one pixel later at times. All
     filters are antialiased, as torchvision's since 0.17; before, its tensors (bilinear, pad here) were not.
     """
-    if how not in ("pil", "bicubic", "bilinear", "pad"):
-        raise ValueError(f"how={how!r}: 'pil', 'bicubic', 'bilinear' or 'pad'")
+    if how not in ("pil", "squash", "bicubic", "bilinear", "pad"):
+        raise ValueError(f"how={how!r}: 'pil', 'squash', 'bicubic', 'bilinear' or 'pad'")
     H, W = images.shape[2:]
     if how == "pad":
         h, w = (round(n * (size / max(H, W))) for n in (H, W))
         h, w = max(h, 1), max(w, 1)
+    elif how == "squash":
+        h = w = size
     else:
         h, w = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
     images = images.float()
-    if how in ("pil", "pad"):
+    if how in ("pil", "squash", "pad"):
         images = (images * 255).round().clamp(0, 255) / 255            # what a PNG would hold
-    if how == "pil":
+    if how in ("pil", "squash"):
         arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         x = np.stack([Image.fromarray(array).resize((w, h), Image.Resampling.BICUBIC) for array in arrays])
         x = torch.from_numpy(x).to(images.device).permute(0, 3, 1, 2).float() / 255        # (B, 3, h, w)
@@ -1612,7 +1627,12 @@ def geneval(weights=None, device="cpu", key="score", **flags):
     """A reward of score_detections: its "score" (continuous; trained with), "strict" or "correct" (the benchmark).
 
     flags: its thresholds and its two quirks, as published by default. An image that is not finite scores NaN.
+    Raises ValueError for a threshold below the engine's own, SURE.
     """
+    for name in ("threshold", "counting_threshold"):
+        if not flags.get(name, SURE) >= SURE:
+            raise ValueError(f"{name}={flags[name]}: the engine drops what scores less than {SURE}, so give {SURE} or "
+                             f"more")
     find = geneval_engine(weights, device)
 
     def reward(images, prompts, metas):
@@ -1632,7 +1652,8 @@ def geneval_answer(found, meta, **flags):
 
 
 def geneval_row(path, meta, answer, engine):
-    """The row of an image in GenEval's results.jsonl, and three keys more: strict, score and engine."""
+    """A row of results.jsonl for GenEval's summary_scores.py. Beside the official row it has strict, score and engine,
+    it has no `reason`, and its details hold all that was found, not only what is over the task's threshold."""
     return {"filename": str(path), "tag": meta.get("tag", "all"), "prompt": meta["prompt"],
             "correct": answer["correct"] == 1, "strict": answer["strict"] == 1, "score": answer["score"],
             "metadata": json.dumps(meta), "details": json.dumps(answer["details"]), "engine": engine}
@@ -1669,7 +1690,9 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
     for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
         try:
             meta = json.loads((place / "metadata.jsonl").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+            if "prompt" not in meta:
+                raise ValueError("it has no 'prompt'")
+        except (OSError, ValueError, TypeError) as e:
             raise ValueError(f"cannot read {place / 'metadata.jsonl'}: {e}") from None
         rows += [(path, meta) for path in sorted((place / "samples").glob("*.png"))]
     if not rows:
@@ -2018,7 +2041,8 @@ class PPOCR:
 
     A line is {"text", "score" in (0, 1], "box": (4, 2) corners in pixels}. Source: PaddleOCR 2.9's defaults: text is
     where P > THRESHOLD; a box's mean P is above SURE; boxes grow by UNCLIP area / circumference; lines that are read
-    with a confidence below DROP are left out.
+    with a confidence below DROP are left out. Flow-GRPO's and DGPO's code hands RGB to PaddleOCR, which takes BGR:
+    their reader saw red and blue exchanged. That is not copied.
     """
     name, LONGEST, THRESHOLD, SURE, UNCLIP, DROP = "PP-OCRv4", 960, .3, .6, 1.5, .5
     MEAN, STD = (.485, .456, .406), (.229, .224, .225)                 # of BGR, though they are ImageNet's of RGB
@@ -2286,17 +2310,27 @@ def judge_setting(name, key, default=None):
     return type(default)(float(value))
 
 
-def judge(name, question, read, template, form="PNG", size=None, prefill="", **options):
+def squared(picture):
+    """A PIL image in the middle of a square of CLIP's mean colour, as DeQA's expand2square."""
+    (W, H), side = picture.size, max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in CLIP_MEAN))
+    square.paste(picture, ((side - W) // 2, (side - H) // 2))
+    return square
+
+
+def judge(name, question, read, template, form="PNG", size=None, prefill="", deqa=False, **options):
     """A function ask(images (B, 3, H, W), prompts, metas) -> B answers, None where none came that can be read.
 
     question(prompt, meta): the text that goes with the image; ValueError for a meta that will not do. read(choice,
     meta): the answer in a server's choice, ValueError or LookupError if it is not in there. form, size: the picture's,
     PNG or JPEG, its own size or resized to (W, H). prefill: how the answer begins; options: fields of the request.
+    deqa: the question first, then the picture, `squared`; else the picture first, as it is.
     template: what question and read are made of, for JSON; ask.sha256 is that of it and of all of these.
     The first question is at temperature 0; it is asked again at 0.5, for at 0 the same answer would come back.
     After each call ask.unparsed is the share of the images whose answers could not be read, ask.unanswered of those
     that got none in time, ask.answers the answers. An image that is not finite is not asked about: None.
-    Raises ValueError for settings that are missing, a server that refuses, and one that answers nobody any more.
+    Raises ValueError for settings that are missing, a server that refuses, and one that is down: it has answered
+    nobody while it failed on an image, and then not even a question without one.
     """
     server, model = (judge_setting(name, key) for key in ("SERVER", "MODEL"))
     workers, *patience = (judge_setting(name, *item) for item in SETTINGS.items())
@@ -2310,21 +2344,30 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", **o
     def ask(images, prompts, metas):
         texts = [question(prompt, meta) for prompt, meta in zip(prompts, metas, strict=True)]
         arrays = (images.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        stop, count, odd, down = threading.Event(), collections.Counter(), [], []
+        stop, doubt, count, odd, down = threading.Event(), threading.Lock(), collections.Counter(), [], []
 
         def one(i):
-            picture = Image.fromarray(arrays[i])
+            picture = squared(Image.fromarray(arrays[i])) if deqa else Image.fromarray(arrays[i])
             content = [data.picture_part(picture.resize(size, Image.BICUBIC) if size else picture, form),
-                       {"type": "text", "text": texts[i]}]
+                       {"type": "text", "text": texts[i]}][::-1 if deqa else 1]
             for n in range(TRIES):
                 before = count["answered"]
                 try:
                     choice = data.chat(server, model, [{"role": "user", "content": content}, *start], stop, *patience,
                                        temperature=.5 if n else 0, **options, **extra)
                 except data.NoAnswer as error:
-                    if stop.is_set() or count["answered"] == before:   # nobody else was answered either: it is down
-                        down.append(error)
-                        stop.set()
+                    with doubt:                                        # the image's fault or the server's? One asks
+                        if count["answered"] == before and not stop.is_set():
+                            try:
+                                data.chat(server, model, [{"role": "user", "content": "ok"}], stop, *patience,
+                                          max_tokens=1)
+                            except data.NoAnswer:
+                                down.append(error)
+                                stop.set()
+                            except ValueError:                         # a refusal is an answer, too
+                                pass
+                            count["answered"] += 1
+                    if stop.is_set():
                         raise
                     count["unanswered"] += 1
                     return None
@@ -2340,7 +2383,7 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", **o
         try:
             ask.answers = list(pool.map(lambda i: one(i) if finite[i] else None, range(len(images))))
         except data.NoAnswer:
-            raise ValueError(f"{name}: {down[0]}, and no other question was answered meanwhile: start the server, or "
+            raise ValueError(f"{name}: {down[0]}, and so it did on a question without an image: start the server, or "
                              f"give it more time, JUDGE_TIMEOUT, and fewer questions at once, JUDGE_WORKERS") from None
         finally:
             stop.set()
@@ -2352,7 +2395,7 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", **o
                        file=sys.stderr)
         return ask.answers
     ask.unparsed, ask.unanswered, ask.answers, ask.engine = 0., 0., [], model
-    ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, options]).encode()).hexdigest()
+    ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, deqa, options]).encode()).hexdigest()
     return ask
 
 
@@ -2403,6 +2446,8 @@ NUMBER = {
                     "right? Think in one or two sentences, then end with a line 'Score: N', N from 1, not at all, to "
                     "5, perfectly.\nPrompt: {prompt}",
         "patterns": [r"Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "max_tokens": 1024}}
+TYPES = {"question": str, "patterns": list, "weights": list, "low": (int, float), "high": (int, float), "size": int,
+         "max_tokens": int}                                            # of a template's values
 
 
 def fill(name, question, prompt, meta):
@@ -2423,13 +2468,14 @@ def judge_number(name):
     if file:
         try:
             own = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-            unknown = own.keys() - {*template, "weights", "size"}
+            wrong = [f"{key}={value!r:.50}" for key, value in own.items() if not isinstance(value, TYPES.get(key, ()))]
             template = {**template, **own}
             groups = [re.compile(pattern).groups for pattern in template["patterns"]]
+            math.fsum(template.get("weights", ()))                     # TypeError unless they are numbers
         except (OSError, ValueError, TypeError, AttributeError, re.error) as e:
             raise ValueError(f"{name}: cannot use the template {file}: {e}") from None
-        if unknown or set(groups) != {1} or not template["low"] < template["high"]:
-            raise ValueError(f"{name}: the template {file} has {', '.join(unknown) or 'wrong patterns, low or high'}: "
+        if wrong or set(groups) != {1} or not max(template["low"], 0) < template["high"]:
+            raise ValueError(f"{name}: the template {file} has {', '.join(wrong) or 'wrong patterns, low or high'}: "
                              f"it may have question, patterns, a group in each, weights, low < high, size, max_tokens")
     weights = template.get("weights") or [1 / len(template["patterns"])] * len(template["patterns"])
     if len(weights) != len(template["patterns"]):
@@ -2467,8 +2513,9 @@ def read_levels(choice, meta=None):
 
 
 def judge_deqa(name):
+    """DeQA's protocol, which sees no prompt: its numbers want its model, served so that the parts keep their order."""
     question = "How would you rate the quality of this image?"
-    return judge(name, lambda prompt, meta: question, read_levels, [question, LEVELS],
+    return judge(name, lambda prompt, meta: question, read_levels, [question, LEVELS], deqa=True,
                  prefill="The quality of the image is", max_tokens=1, logprobs=True, top_logprobs=20)
 
 
@@ -2558,7 +2605,7 @@ def judge_unigenbench(name):
 
 
 def unigenbench_summary(rows):
-    """{dimension: share of its points met}, ten of them, their mean "overall", and {point: share} of the 27.
+    """{dimension: share of its points met}, ten of them, their mean "overall" or None, and {point: share} of the 27.
 
     rows: dicts with "testpoints" and "points", an answer of read_points; None where it failed: left out.
     """
@@ -2570,7 +2617,7 @@ def unigenbench_summary(rows):
                 met.setdefault(key, []).append(point)
     shares = {key: sum(some) / len(some) for key, some in met.items()}
     dimensions = {key: share for key, share in shares.items() if " - " not in key}
-    return {**dimensions, "overall": sum(dimensions.values()) / len(dimensions) if dimensions else math.nan,
+    return {**dimensions, "overall": sum(dimensions.values()) / len(dimensions) if dimensions else None,
             "points": {key: shares[key] for key in POINTS if key in shares}}
 
 
@@ -2585,8 +2632,9 @@ REWARDS = {
     "pickscore-raw": clip_reward("pickscore", "H/14", lambda cosine, scale: scale * cosine),         # 17 to 25
     "hpsv2": clip_reward("hpsv2", "H/14", lambda cosine, scale: cosine, "pad", open_clip_text),      # v2.1
     "clip-l14": clip_reward("clip-l14", "L/14", lambda cosine, scale: cosine),
-    "clip-dfn": clip_reward("clip-dfn", "H/14-378", lambda cosine, scale: cosine, "pil", open_clip_text),
+    "clip-dfn": clip_reward("clip-dfn", "H/14-378", lambda cosine, scale: cosine, "squash", open_clip_text),
     "clipscore": clip_reward("clip-l14", "L/14", lambda cosine, scale: scale * cosine / 30, "bilinear"),   # DGPO's
+    "clipscore-raw": clip_reward("clip-l14", "L/14", lambda cosine, scale: scale * cosine),          # 100 cos
     "aesthetic": aesthetic,
     "tiny-clip": clip_reward("tiny-clip", None, lambda cosine, scale: cosine, "bicubic"),
     "imagereward": imagereward,
@@ -2605,10 +2653,12 @@ REWARDS = {
 # =====================================================================================================================
 # name -> what data.prompts reads, images a prompt, the rewards, each reported by itself, and where prompts are that
 # are not ours to ship. Images come from dgpo.py's sampler, a U-ViT's from proxt2i.py's, by the flags of these scripts.
+# Figures are on the papers' scales, not the trainers'; hpsv2 is a cosine, which HPSv2's own benchmark prints x 100.
 BENCHMARKS = {
     "tiny": ("shapes", 1, "shapes-strict,shapes-soft", ""),
     "geneval": ("geneval", 4, "geneval-correct", ""),
-    "drawbench": (HERE / "weights" / "drawbench" / "test.txt", 1, "pickscore,hpsv2,clipscore,aesthetic,imagereward",
+    "drawbench": (HERE / "weights" / "drawbench" / "test.txt", 1,
+                  "pickscore-raw,hpsv2,clipscore-raw,aesthetic,imagereward",
                   "Luo-Yihong/DGPO/HEAD/dataset/drawbench/test.txt"),
     "ocr": ("ocr", 1, "ocr,ocr-gold", ""),
     "unigenbench": (HERE / "weights" / "unigenbench" / "test_prompts_en.csv", 4, "unigenbench",
@@ -2818,9 +2868,9 @@ def bench_report(args, protocol, asked, rows, out):
     if "unigenbench" in names:
         result["unigenbench"] = unigenbench_summary([{**meta, "points": row["answers"]["unigenbench"]}
                                                      for row, meta in zip(rows, asked)])
-        lines += "\n" + "".join(f"\n{name:<28}{share:>9.4f}" for name, share in result["unigenbench"].items()
-                                if name != "points")
-    data.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        lines += "\n" + "".join(f"\n{name:<28}{'-' if share is None else f'{share:.4f}':>9}"
+                                for name, share in result["unigenbench"].items() if name != "points")
+    data.write_atomic(out / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     columns = ("file", "prompt", "tag", "seed", *names, "protocol")
     with open(out / "scores.csv", "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([columns, *([row[name] for name in columns] for row in rows)])
@@ -2860,7 +2910,8 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
         for group in sizes.values():
             some = [row for row, _ in group]
             images = torch.from_numpy(np.stack([image for _, image in group])).to(device)
-            values = score(images.permute(0, 3, 1, 2).float() / 255, [row["prompt"] for row in some], some)
+            values = data.scored(spec, score, images.permute(0, 3, 1, 2).float() / 255, [row["prompt"] for row in some],
+                                 some)
             for row, value in zip(some, values.tolist()):
                 row["reward"] = value
             bar.update(len(some))
@@ -2917,18 +2968,30 @@ def proxy_command(argv):
     add("--batch", type=int, default=128, help="images that a caption is told apart from")
     add("--lr", type=float, default=3e-3, help="the peak rate")
     add("--seed", type=int, default=0, help="of the weights and the images")
-    train_proxy(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    data.check_device("device", args.device)
+    train_proxy(args)
+
+
+def geneval_command(argv):
+    parser = parser_of(score_geneval.__doc__.splitlines()[0])
+    parser.add_argument("folder", help="holds 00000/metadata.jsonl, 00000/samples/0000.png and so on")
+    parser.add_argument("--weights", help="the directory of the reward networks' weights")
+    args = parser.parse_args(argv)
+    data.check_device("device", args.device)
+    print(geneval_table(score_geneval(args.folder, args.weights, args.device)))
 
 
 def folder_command(argv):
     parser = parser_of(__doc__.splitlines()[0], epilog="Other commands: rewards.py bench --help, which samples from a "
-                                                       "model what it scores, and train-proxy --help, how tiny-clip "
-                                                       "was made")
+                                                       "model what it scores, geneval --help, for a folder in its "
+                                                       "layout, and train-proxy --help, how tiny-clip was made")
     add = parser.add_argument
     add("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
     add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
     add("--weights", help="the directory of the reward networks' weights")
     args = parser.parse_args(argv)
+    data.check_device("device", args.device)
     rows = score_folder(args.reward, args.images, args.weights, args.device)
     print(table(summary(rows, ["reward"]), args.reward))
     with open(pathlib.Path(args.images) / "scores.csv", "w", newline="", encoding="utf-8") as f:
@@ -2958,7 +3021,7 @@ def bench_command(argv):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"bench": bench_command, "train-proxy": proxy_command}
+    commands = {"bench": bench_command, "geneval": geneval_command, "train-proxy": proxy_command}
     with data.exit_codes():
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])

@@ -1,5 +1,6 @@
 """CLIP, ImageReward and their preprocessing against transformers, open_clip and PIL: small random networks, full-size
 shapes."""
+import functools
 import html
 import json
 import math
@@ -290,10 +291,27 @@ def test_the_other_pixels(h, w):
     torch.testing.assert_close(clip_pixels(images, size, "pad"), (want - MEAN) / STD, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("h, w", [(64, 64), (40, 97), (97, 41), (5, 7)])
+def test_squash_is_what_open_clip_does_for_dfn(open_clip, monkeypatch, h, w):
+    """Its own transform, by its registry's row of DFN5B; of torchvision's four steps, PIL's and NumPy's words."""
+    own = open_clip.transform
+    monkeypatch.setattr(own, "Compose", lambda steps: lambda x: functools.reduce(lambda x, step: step(x), steps, x))
+    monkeypatch.setattr(own, "Resize", lambda size, interpolation: lambda x: x.resize(size[::-1], {
+        own.InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}[interpolation]))
+    monkeypatch.setattr(own, "MaybeToTensor", lambda: lambda x: torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255)
+    monkeypatch.setattr(own, "Normalize", lambda mean, std: lambda x: (
+        x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+    row = open_clip.get_pretrained_cfg("ViT-H-14-378", "dfn5b") | {"size": 32}
+    preprocess = own.image_transform_v2(own.PreprocessCfg(**own.merge_preprocess_dict(own.PreprocessCfg(), row)), False)
+    array, images = pictures(h, w)
+    want = torch.stack([preprocess(Image.fromarray(picture)) for picture in array])
+    torch.testing.assert_close(clip_pixels(images, 32, "squash"), want, atol=1e-5, rtol=0)
+
+
 def test_bytes_or_floats():
     """A third of a byte's step is lost where the reference has a PNG in between, and kept where it has none."""
     images = pictures(40, 40)[1].clamp(.02, .98).mul(255).round() / 255
-    for how, lost in (("pil", True), ("pad", True), ("bicubic", False), ("bilinear", False)):
+    for how, lost in (("pil", True), ("squash", True), ("pad", True), ("bicubic", False), ("bilinear", False)):
         near = clip_pixels(images + .3 / 255, 32, how)
         assert torch.allclose(near, clip_pixels(images, 32, how), atol=1e-5) == lost
     with pytest.raises(ValueError, match="'pil'"):
@@ -353,7 +371,8 @@ def cosines(home, name, pixels):
     ("pickscore", "pickscore", "pil", lambda c, s: s * c / 26),
     ("pickscore-raw", "pickscore", "pil", lambda c, s: s * c),
     ("hpsv2", "hpsv2", "pad", lambda c, s: c), ("clip-l14", "clip-l14", "pil", lambda c, s: c),
-    ("clip-dfn", "clip-dfn", "pil", lambda c, s: c), ("clipscore", "clip-l14", "bilinear", lambda c, s: s * c / 30)])
+    ("clip-dfn", "clip-dfn", "squash", lambda c, s: c), ("clipscore-raw", "clip-l14", "pil", lambda c, s: s * c),
+    ("clipscore", "clip-l14", "bilinear", lambda c, s: s * c / 30)])
 def test_scores(home, name, source, how, formula):
     images = pictures(40, 52, 3)[1]
     score = rewards.load(name, home)
@@ -361,6 +380,12 @@ def test_scores(home, name, source, how, formula):
     torch.testing.assert_close(got, formula(*cosines(home, source, clip_pixels(images, 32, how))), atol=1e-4, rtol=0)
     assert got.dtype == torch.float32 and not got.requires_grad and len(set(got.tolist())) == 3
     torch.testing.assert_close(score(images.flip(0), PROMPTS[::-1], [{}] * 3), got.flip(0), atol=1e-6, rtol=0)
+
+
+def test_drawbench_is_reported_on_the_papers_scales():
+    names = set(rewards.BENCHMARKS["drawbench"][2].split(","))
+    assert names >= {"pickscore-raw", "clipscore-raw"} and names.isdisjoint({"pickscore", "clipscore"})
+    assert names <= set(rewards.REWARDS)
 
 
 def test_aesthetic(home):

@@ -370,6 +370,12 @@ def test_rewards(home, small, size):
     quirks = rewards.geneval(home, clip_negative=True)(images, [""] * 4, METAS)
     assert quirks.tolist() == pytest.approx([rewards.score_detections(d, m, clip_negative=True)["score"]
                                              for d, m in zip(found, METAS)])
+    strict = rewards.geneval(home, threshold=.5)(images, [""] * 4, METAS)
+    assert strict.tolist() == pytest.approx([rewards.score_detections(d, m, threshold=.5)["score"]
+                                             for d, m in zip(found, METAS)])
+    for flag in ("threshold", "counting_threshold"):                   # what scores less was never kept
+        with pytest.raises(ValueError, match=f"{flag}=0.2: .* 0.3 or more"):
+            rewards.geneval(home, **{flag: .2})
 
 
 def test_batches_and_bytes_do_not_matter(home, small):
@@ -464,7 +470,7 @@ def test_missing_weights_name_the_file_and_the_command(home, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- the benchmark
 
-def test_the_official_folder(home, small, tmp_path):
+def test_the_official_folder(home, small, tmp_path, capsys):
     images = pictures(40, 52, 4)
     metas = data.prompts("geneval", "test")
     for index in (0, 179, 300):
@@ -491,6 +497,9 @@ def test_the_official_folder(home, small, tmp_path):
         assert sum(map(len, json.loads(row["details"]).values())) == len(found)
         assert row["engine"] == find.engine and "transformers' weights" in find.engine
     assert rewards.geneval_summary(rows)["correct_images"] == sum(row["correct"] for row in rows) / 12
+    (tmp_path / "results.jsonl").unlink()
+    rewards.main(["geneval", str(tmp_path), "--weights", str(home), "--device", "cpu"])
+    assert capsys.readouterr().out == rewards.geneval_table(rows) + "\n" and (tmp_path / "results.jsonl").is_file()
     Image.new("RGBA", (9, 5), (9, 9, 9, 0)).save(tmp_path / "00000" / "samples" / "0004.png")
     assert len(rewards.score_geneval(tmp_path, home)) == 13           # of another size and kind: made RGB
 
@@ -513,9 +522,11 @@ def test_folders_that_cannot_be_scored(home, small, tmp_path):
     (tmp_path / "00000" / "samples" / "0001.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot read the image .*0001.png"):
         rewards.score_geneval(tmp_path, home)
-    (tmp_path / "00000" / "metadata.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*metadata.jsonl"):
-        rewards.score_geneval(tmp_path, home)
+    without = json.dumps({key: value for key, value in METAS[0].items() if key != "prompt"})
+    for text, why in (("{", ""), (without, ": it has no 'prompt'"), ("5", ""), ("[]", "")):
+        (tmp_path / "00000" / "metadata.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="cannot read .*metadata.jsonl" + why):
+            rewards.score_geneval(tmp_path, home)
 
 
 def test_the_benchmark_from_a_model(home, small, random_model, tmp_path, capsys):

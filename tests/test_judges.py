@@ -19,7 +19,7 @@ import rewards
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A chat server on this machine: answer(body, image, n) -> (status, text, a choice, or bytes), n counts from 0."""
+    """A chat server on this machine: answer(body, image or None, n from 0) -> (status, text, a choice, or bytes)."""
     daemon_threads, request_queue_size = True, 64
 
     def __init__(self):
@@ -37,8 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         n, body = next(self.server.count), json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
         self.server.bodies.append(body)
-        url = body["messages"][0]["content"][0]["image_url"]["url"]
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        urls = [part["image_url"]["url"] for part in body["messages"][0]["content"] if "image_url" in part]
+        image = Image.open(io.BytesIO(base64.b64decode(urls[0].partition(",")[2]))) if urls else None
         status, answer = self.server.answer(body, image, n)
         if not isinstance(answer, bytes):
             choice = answer if isinstance(answer, dict) else {"message": {"content": answer}, "finish_reason": "stop"}
@@ -73,7 +73,7 @@ def ask(name, images, prompts=None, metas=None):
 
 
 def text_of(body):
-    return body["messages"][0]["content"][1]["text"]
+    return next(part["text"] for part in body["messages"][0]["content"] if "text" in part)
 
 
 # ------------------------------------------------------------------------------------------------ what comes of answers
@@ -143,8 +143,22 @@ def test_deqa_asks_for_the_log_probs_of_one_token(server):
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
     assert body["messages"][1] == {"role": "assistant", "content": "The quality of the image is"}
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "image_url"]
     server.answer = lambda body, image, n: (200, "good")               # a server that gives no log-probs
     assert ask("deqa", grey(9))[0] == [None]
+
+
+@pytest.mark.parametrize("h, w", ((5, 8), (8, 5), (6, 6)))
+def test_deqa_sees_the_whole_image_on_a_square(server, h, w):
+    """In the middle of CLIP's mean colour, as its authors' expand2square; other judges see it as it is."""
+    seen = []
+    server.answer = lambda body, image, n: seen.append(np.array(image)) or (200, levels(good=.5, poor=.5))
+    image, side = torch.rand(1, 3, h, w), max(h, w)
+    ask("deqa", image)
+    want = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)
+    top, left = (side - h) // 2, (side - w) // 2
+    want[top:top + h, left:left + w] = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    assert np.array_equal(seen[0], want)
 
 
 def points(score, analysis='["a", "b"]'):
@@ -213,6 +227,12 @@ def test_unigenbench_of_a_model(server, random_model, tmp_path, capsys):
     rewards.main(["bench", "--model", str(random_model), "--benchmark", str(file), "--per-prompt", "2", "--out",
                   str(out), "--eval-steps", "1", "--reward", "unigenbench"])
     assert not server.bodies                                           # what was asked for once is there
+    server.answer = lambda body, image, n: (200, "I cannot see it.")
+    rewards.main(["bench", "--model", str(random_model), "--benchmark", str(file), "--out", str(tmp_path / "none"),
+                  "--eval-steps", "1", "--reward", "unigenbench"])
+    text = (tmp_path / "none" / "result.json").read_text()             # JSON has no NaN
+    assert "NaN" not in text and json.loads(text)["unigenbench"] == {"overall": None, "points": {}}
+    assert ["overall", "-"] in map(str.split, capsys.readouterr().out.splitlines())
 
 
 def test_a_row_of_unigenbench_that_cannot_be_repaired(tmp_path):
@@ -235,7 +255,12 @@ def test_a_template(server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="puts {what} into its question"):
         ask("vlm", grey(9))
     for change, message in (({"patterns": ["a"]}, "wrong patterns"), ({"patterns": ["("]}, "cannot use the template"),
-                            ({"scale": 3}, "has scale"), ({"low": 10}, "low or high"), ({"weights": [1]}, "1 weights")):
+                            ({"scale": 3}, "has scale"), ({"low": 10}, "low or high"), ({"weights": [1]}, "1 weights"),
+                            ({"low": "1"}, "has low='1'"), ({"max_tokens": "9"}, "has max_tokens='9'"),
+                            ({"question": 5}, "has question=5"), ({"size": [5]}, r"has size=\[5\]"),
+                            ({"patterns": "a=b"}, "has patterns='a=b'"), ({"low": -9, "high": 0}, "low or high"),
+                            ({"weights": ["3", 1]}, "cannot use the template"),
+                            ({"patterns": [5]}, "cannot use the template")):
         file.write_text(json.dumps({**mine, **change}))
         with pytest.raises(ValueError, match=message):
             rewards.load("vlm")
@@ -318,9 +343,24 @@ def test_one_image_that_breaks_the_server_is_nan(server, capsys):
     assert "and 1 none at all: NaN" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", ("1", "8"))
+@pytest.mark.parametrize("status", (200, 400))
+def test_images_that_break_the_server_while_nobody_else_is_answered_are_nan(server, monkeypatch, workers, status):
+    """Alone, first, last, all of them: a question without an image is answered, or refused, so the server is there."""
+    monkeypatch.setenv("JUDGE_WORKERS", workers)
+    server.answer = lambda body, image, n: (status, b"") if image is None and status == 400 else (
+        (500, b"") if image and image.getpixel((0, 0))[0] == 0 else (200, "Final Score: 5"))
+    for levels in ((0,), (0, 1), (1, 0), (0, 0, 0)):
+        values, reward = ask("unifiedreward", grey(*levels))
+        assert values == [1. if level else None for level in levels] and reward.unparsed == 0
+        assert reward.unanswered == pytest.approx(levels.count(0) / len(levels))
+    probes = [body for body in server.bodies if body["messages"] == [{"role": "user", "content": "ok"}]]
+    assert len(probes) >= 2 and all(body["max_tokens"] == 1 for body in probes)
+
+
 def test_a_server_that_dies_stops_the_run(server):
     server.answer = lambda body, image, n: (200, "Final Score: 5") if n < 3 else (503, b"")
-    with pytest.raises(ValueError, match="failed 3 times, the last by HTTP 503.*no other question.*start the server"):
+    with pytest.raises(ValueError, match="failed 3 times, the last by HTTP 503.*without an image: start the server"):
         ask("unifiedreward", grey(*range(200)))
     assert len(server.bodies) < 150                                    # not 200 questions, three times each
 

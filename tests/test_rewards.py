@@ -291,7 +291,7 @@ def test_values_outside_the_range_nan_and_other_sizes():
     ring, star = {"class": "ring", "count": 1}, {"class": "star", "count": 1}
     for meta in ({"prompt": "a dog"}, {"include": [{"class": "dog", "count": 1}]}, {"include": []},
                  {"include": [{"class": "ring"}]}, {"include": [{**ring, "color": "mauve"}]}, {"include": "ring"},
-                 {"include": [{**ring, "count": 5}]},
+                 {"include": [{**ring, "count": 5}]}, {"include": [ring, {**ring, "color": "red"}]},
                  {"include": [ring, {**star, "position": ["inside", 0]}]},
                  {"include": [ring, {**star, "position": ["above", 1]}]}):
         with pytest.raises(ValueError, match="cannot check"):
@@ -337,6 +337,23 @@ def test_load_names_sums_and_functions(tmp_path):
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="shapes, shapes-soft, shapes-strict"):
         rewards.load("pretty")
+    for dtype in ("float16", "bf16", None, torch.bfloat16):
+        with pytest.raises(ValueError, match="dtype=.*'float32'.*'bfloat16'"):
+            rewards.load("tiny-clip", dtype=dtype)
+
+
+def test_what_a_score_refuses():
+    """What a network would take, broadcast, and give numbers for. Metas may be absent where no reward reads them."""
+    metas, images = scenes(3)
+    prompts = [m["prompt"] for m in metas]
+    score = rewards.load("tiny-clip")
+    assert torch.equal(score(images, prompts), score(images, prompts, metas))
+    for args in ((images[0], prompts, metas), (images[:, :1], prompts, metas), (images.numpy(), prompts, metas),
+                 ((images * 255).byte(), prompts, metas), (images, "red", metas), (images, prompts[:1], metas),
+                 (images[:1], prompts, metas), (images, prompts, metas[:2]), (images, prompts, [])):
+        with pytest.raises(ValueError, match="cannot score .* prompts .* metas") as e:
+            score(*args)
+        assert "\n" not in str(e.value)
 
 
 def test_images_are_scored_on_the_rewards_own_device(tmp_path):
@@ -351,7 +368,7 @@ def test_images_are_scored_on_the_rewards_own_device(tmp_path):
         assert score.rewards[f"{file}:where"].__globals__["seen"] == [device]
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, reward_file):
     metas, images = scenes(5)
     rows = []
     for i, (meta, x) in enumerate(zip(metas, images)):
@@ -365,13 +382,18 @@ def test_command_line(tmp_path, capsys):
     table = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [row["file"] for row in table] == [row["file"] for row in rows] and float(table[0]["shapes-strict"]) == 1
 
-    def refused(reward="shapes", folder=tmp_path):
+    def refused(reward="shapes", folder=tmp_path, line=()):
         with pytest.raises(SystemExit) as error:
-            rewards.main(["--reward", reward, "--images", str(folder)])
+            rewards.main([*line] or ["--reward", reward, "--images", str(folder)])
         assert error.value.code == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "Traceback" not in err
         return err
+    for line in (["--reward", "shapes", "--images", str(tmp_path)], ["geneval", str(tmp_path)],
+                 ["train-proxy", "--out", str(tmp_path / "clip")]):
+        assert "--device nowhere" in refused(line=[*line, "--device", "nowhere"])
+    assert "raises failed: KeyError: 'no such judge'" in refused(f"{reward_file}:raises")
+    assert "(4,) for 5 images" in refused(f"{reward_file}:too_short")
     assert "unknown reward" in refused("beauty")
     assert "prompts.jsonl" in refused(folder=tmp_path / "none")
     listing.write_text(json.dumps({"prompt": "a photo of a ring"}))
