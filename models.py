@@ -234,22 +234,21 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x, angle):
-    """Rotary positions: turn each pair (x_2i, x_2i+1) by its angle. x (B, heads, N, d); angle (N, d/2), float64.
+def rotate(x, rope):
+    """Rotary positions: turn each pair (x_2i, x_2i+1) by its angle. x (B, heads, N, d); rope (2, N, d/2), cos and sin.
 
-    In float32 at least, as its cosines, then back to x's dtype. Source: Su et al., arXiv:2104.09864, Eq. 34.
+    In the dtype of these, float32 at least, then back to x's. Source: Su et al., arXiv:2104.09864, Eq. 34.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angle.cos().to(wide), angle.sin().to(wide)                                # (N, d/2)
-    a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)                                  # (B, heads, N, d/2) each
+    cos, sin = rope                                                                      # (N, d/2) each
+    a, b = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)                            # (B, heads, N, d/2) each
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Attention over image tokens, joined by text tokens where context is given (each stream has its own projections).
 
-    joint: the text stream takes part; context_out: its result goes on (not in the last block). rope: the image tokens'
-    angles, for `rotate` (FLUX); text stays at position zero.
+    joint: the text stream takes part; context_out: its result goes on (not in the last block). rope: the cosines and
+    sines of the image tokens' angles, for `rotate` (FLUX); text stays at position zero.
     """
 
     def __init__(self, dim, heads, qk_norm, joint, context_out):
@@ -324,12 +323,15 @@ def checkpointed(net, block, *args):
 # -------------------------------------------------------------------------------------------------------------- MMDiT
 
 def sincos_table(dim, size, base):
-    """Fixed 2-D sine-cosine positions (size*size, dim), column part first, spaced base/size apart, in float64."""
+    """Fixed 2-D sine-cosine positions (size*size, dim), column part first, spaced base/size apart.
+
+    Computed in float64, kept in PyTorch's default dtype, as a network's other weights.
+    """
     place = torch.arange(size, dtype=torch.float64) * (base / size)
     angle = place[:, None] * 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                  # (size, dim/2)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1).to(torch.get_default_dtype())    # (size, dim/2), before copies
     column, row = axis[None].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
-    return torch.cat([column, row], dim=-1).reshape(size * size, dim).float()
+    return torch.cat([column, row], dim=-1).view(size * size, dim)
 
 
 class PatchEmbed(nn.Module):
@@ -559,9 +561,10 @@ class Flux(nn.Module):
         c, h, w = self.channels, x.shape[2] // 2, x.shape[3] // 2
         x = x.view(-1, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, c * 4)      # channel first
         x, context = self.x_embedder(x), self.context_embedder(context)                  # (B, N, D), (B, L, D)
-        n, rope = h * w, self.angles(h, w, context.shape[1], x.device)
+        n, angle = h * w, self.angles(h, w, context.shape[1], x.device)
+        rope = torch.stack([angle.cos(), angle.sin()]).to(torch.promote_types(x.dtype, torch.float32))   # (2, N + L, .)
         for block in self.transformer_blocks:
-            x, context = checkpointed(self, block, x, context, condition, rope[:n])
+            x, context = checkpointed(self, block, x, context, condition, rope[:, :n])
         x = torch.cat([x, context], dim=1)                                               # (B, N + L, D)
         for block in self.single_transformer_blocks:
             x = checkpointed(self, block, x, condition, rope)
@@ -963,7 +966,7 @@ class VAE(nn.Module):
     """The autoencoder of SD1, SD3.5 and FLUX: images in [0, 1] to and from scaled latents, 8 times smaller.
 
     encode(images (B, 3, H, W), generator=None) -> latents (B, C, H/8, W/8): a draw from the posterior, or without a
-    generator its mean. decode(latents) -> images, `slice_size` of them at once to save memory.
+    generator its mean. decode(latents) -> images. At most `slice_size` at once, of more than 512 px in proportion less.
     Source: Rombach et al., arXiv:2112.10752; equal to diffusers' AutoencoderKL, whose config this takes.
     """
     public_names, file_name, ignore = ("AutoencoderKL",), "diffusion_pytorch_model", ()
@@ -1012,9 +1015,14 @@ class VAE(nn.Module):
         stem, _, layer = stem.rpartition(".")
         return f"{stem}.{cls.old_names.get(layer, layer)}.{end}"
 
+    def slices(self, x, pixels):
+        """x in the VAE's dtype, in parts that take the memory of slice_size images of 512 px; pixels: of one image."""
+        count = min(self.slice_size, self.slice_size * 512 ** 2 // pixels)
+        return x.to(self.encoder.conv_in.weight.dtype).split(max(1, count))
+
     def encode(self, images, generator=None):
         part, outputs = self.encoder, []
-        for x in (images * 2 - 1).to(part.conv_in.weight.dtype).split(self.slice_size):
+        for x in self.slices(images * 2 - 1, images.shape[2:].numel()):
             x = part.conv_in(x)
             for stage in part.down_blocks:
                 x = stage(x)
@@ -1028,7 +1036,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         part, outputs = self.decoder, []
-        for x in (latents / self.scale + self.shift).to(part.conv_in.weight.dtype).split(self.slice_size):
+        for x in self.slices(latents / self.scale + self.shift, latents.shape[2:].numel() * self.factor ** 2):
             x = part.conv_in(self.post_quant_conv(x) if hasattr(self, "post_quant_conv") else x)
             x = part.mid_block(x)
             for stage in part.up_blocks:
@@ -1381,13 +1389,14 @@ def original_names(net):
     return names
 
 
-def from_single_file(cls, file, config, dtype=torch.float32, device="cpu"):
+def from_single_file(cls, file, config, dtype=torch.float32, device="cpu", prefixes=None):
     """A network from the file its authors published: SD3's, FLUX's, their VAE's, clip_l, clip_g or t5xxl.safetensors.
 
-    cls: MMDiT, Flux, VAE, CLIPText or T5Encoder; config: the options of cls, which such a file does not state. Tensors
-    under other networks' prefixes are skipped, all else is strict. One tensor at a time is read, renamed and, where it
-    is stacked, split: memory never holds a second copy. Returns the network in eval mode, without gradients.
-    Raises ValueError or FileNotFoundError naming file and tensor.
+    cls: MMDiT, Flux, VAE, CLIPText or T5Encoder; config: the options of cls, which such a file does not state;
+    prefixes: the network's own in a file of several, where it is a text encoder. Tensors under other networks' prefixes
+    are skipped, all else is strict. One tensor at a time is read, renamed and, where it is stacked, split: memory never
+    holds a second copy. Returns the network in eval mode, without gradients. Raises ValueError or FileNotFoundError
+    naming file and tensor.
     """
     if cls not in ORIGINAL:
         raise ValueError(f"{file}: the original names of a {cls.__name__} are not known: use a directory as diffusers'")
@@ -1410,7 +1419,7 @@ def from_single_file(cls, file, config, dtype=torch.float32, device="cpu"):
 
     def rename(key):
         return key if key in want else cls.rename(key)                # old names of the same tensors
-    for key, tensor in read_tensors([file], want, rename, ignore, ORIGINAL[cls][0], optional):
+    for key, tensor in read_tensors([file], want, rename, ignore, prefixes or ORIGINAL[cls][0], optional):
         if names[key][0].rpartition(".")[0] in swapped:
             tensor = tensor.roll(len(tensor) // 2, dims=0)            # (shift, scale) -> (scale, shift)
         for name, part in zip(names[key], tensor.split([len(ours[name]) for name in names[key]])):
@@ -1433,6 +1442,10 @@ FAMILIES = {                                                          # model_in
 UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")         # parts that nothing here needs
 SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
            "sd14": "CompVis/stable-diffusion-v1-4"}
+GATED = ("sd35m", "flux")
+DUPLICATES = {                                                        # what the sources hold a second time
+    "sd35m": ("sd3.5_medium.safetensors", "text_encoders/*"), "flux": ("flux1-dev.safetensors", "ae.safetensors"),
+    "sd14": ("*.bin",)}
 VAE_CONFIG = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, latent_channels=16,
                   use_quant_conv=False, use_post_quant_conv=False)
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, eos_token_id=2)
@@ -1464,13 +1477,14 @@ class TextToImage:
 
     family: sd3, flux (flow: net(x, t, *encode_text(prompts)) is the velocity) or sd14 (ddpm: t is a step n, the network
     predicts the noise). shift: of the checkpoint's schedule, 0 where it depends on the resolution; guidance: what a
-    distilled FLUX is told; offload: the VAE waits on the CPU.
+    distilled FLUX is told; offload: the VAE waits on the CPU; source: the directory that it was read from; blank: how
+    many tokens of zeros stand for the T5 that an SD3 is without.
     """
 
     def __init__(self, family, net, encoders=(), tokenizers=(), vae=None, shift=1.0):
         self.family, self.net, self.encoders, self.tokenizers, self.vae = family, net, encoders, tokenizers, vae
         self.ddpm, self.shift, self.guidance, self.offload = family == "sd14", shift, 3.5, False
-        self.folder, self.features = None, {}
+        self.folder, self.features, self.source, self.blank = None, {}, None, 0
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -1496,7 +1510,8 @@ class TextToImage:
     def encode(self, prompts):
         """encode_text without its memory, and without guidance: each pipeline's own rule.
 
-        sd3    CLIPs side by side, zeros up to the network's width; T5's tokens behind theirs; pooled CLIPs side by side
+        sd3    CLIPs side by side, zeros up to the network's width; T5's tokens, or zeros for them, behind theirs;
+               pooled CLIPs side by side
         flux   T5's tokens; CLIP's pooled state
         sd14   CLIP's last states, final-normed
         uvit   the same, then T5's tokens where there is a T5, both padded with zeros to the network's width
@@ -1518,6 +1533,7 @@ class TextToImage:
         t5 = [output for output in outputs if torch.is_tensor(output)]                   # none, or one
         hidden, pooled = (torch.cat(parts, dim=-1) for parts in zip(*clip))
         hidden = F.pad(hidden, (0, self.net.config["joint_attention_dim"] - hidden.shape[2]))
+        t5 = t5 or [hidden.new_zeros(len(hidden), self.blank, hidden.shape[2])]          # attended, as in diffusers
         return torch.cat([hidden, *t5], dim=1), pooled
 
     def _file(self, prompt):
@@ -1545,12 +1561,14 @@ class TextToImage:
 
         The folder's sub-folder is named by the encoders' weights and options, the files by the text. An empty folder is
         weights/text, unless the encoders are so small (under 10 M parameters) that nothing needs to be kept or freed.
+        Raises ValueError where the folder cannot be made or its disk is too small for all.
         """
         size = sum(p.numel() for encoder in self.encoders for p in encoder.parameters())
         if not self.encoders or not folder and size < 10_000_000:
             return
         from tqdm import tqdm
-        digest = hashlib.sha256(repr([self.family, [tokenizer.length for tokenizer in self.tokenizers]]).encode())
+        lengths = [tokenizer.length for tokenizer in self.tokenizers] + ([self.blank] if self.blank else [])
+        digest = hashlib.sha256(repr([self.family, lengths]).encode())
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
             digest.update(repr((encoder.config, next(encoder.parameters()).dtype, tokenizer.core.to_str())).encode())
             for p in encoder.parameters():                            # a fingerprint: a few numbers of every tensor
@@ -1561,6 +1579,12 @@ class TextToImage:
         except OSError as error:
             raise ValueError(f"cannot make --text-cache {self.folder}: {error.strerror}") from None
         mine = [prompt for prompt in sorted(set(prompts))[rank::world] if not self._file(prompt).is_file()]
+        if mine:                                                      # all are as large as the first
+            need = sum(part.nbytes for part in self._kept(mine[0])) * (len(mine) - 1) * world
+            free = shutil.disk_usage(self.folder).free
+            if need > free:
+                raise ValueError(f"the features of {len(mine) * world:,} prompts need {need / 1e9:.2f} GB more under "
+                                 f"{self.folder}, {free / 1e9:.2f} GB are free: give --text-cache a folder with room")
         for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0 or not mine, dynamic_ncols=True):
             self._kept(prompt)
         self.encoders = ()
@@ -1570,19 +1594,21 @@ class TextToImage:
     @torch.no_grad()
     def encode_images(self, images):
         """images (B, 3, H', W') in [0, 1] -> latents (B, C, H, W): the VAE's mean, or the pixels in [-1, 1]."""
-        return images * 2 - 1 if self.vae is None else self.vae.encode(images).float()
+        return images * 2 - 1 if self.vae is None else self._fetched("encode", images)
 
     @torch.no_grad()
     def decode(self, latents):
         """latents (B, C, H, W) -> images (B, 3, H', W') float32 in [0, 1]."""
-        if self.vae is None:
-            return (latents.float() / 2 + 0.5).clamp(0, 1)
+        return (latents.float() / 2 + 0.5).clamp(0, 1) if self.vae is None else self._fetched("decode", latents)
+
+    def _fetched(self, method, x):
+        """The VAE's encode or decode of x, where x is: with offload it comes from the CPU and goes back."""
         if self.offload:
-            self.vae.to(latents.device)
-        images = self.vae.decode(latents).float()
+            self.vae.to(x.device)
+        y = getattr(self.vae, method)(x).float()
         if self.offload:
             self.vae.to("cpu")
-        return images
+        return y
 
     def latent_shape(self, resolution=None):
         """(C, H, W) of one image's latent at a resolution in pixels; None or 0: the checkpoint's own.
@@ -1600,7 +1626,7 @@ class TextToImage:
         return self.net.channels, size // factor, size // factor
 
     def times(self, steps, kind="", shift=0.0, resolution=None):
-        """The sampler's times by `schedule`; kind "" and shift 0 stand for the checkpoint's own.
+        """The sampler's times by `schedule`; kind "" is linear (ddim for DDPM steps), shift 0 the checkpoint's own.
 
         Raises ValueError for a kind that does not suit the network: ddim gives DDPM steps, the others flow times; and
         for a shift of DDPM steps.
@@ -1668,16 +1694,27 @@ def check_widths(pipe, directory):
 
 
 def read_shift(directory):
-    """The shift in a pipeline's scheduler_config.json; 0 where it depends on the resolution (FLUX.1-dev)."""
+    """The shift in a pipeline's scheduler_config.json; 0 where it depends on the resolution (FLUX.1-dev).
+
+    1 where model_index.json names no scheduler. Raises FileNotFoundError where it names one that is not there, and
+    ValueError for a line of shifts, or DDPM steps, other than those of `flux_shift` and ALPHA_BAR.
+    """
     file = Path(directory) / "scheduler" / "scheduler_config.json"
-    config = read_json(file) if file.is_file() else {}
-    if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift", 1.0))
-    for name, value in dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
-                            time_shift_type="exponential").items():
+    index = read_json(Path(directory) / "model_index.json")
+    if not file.is_file() and not (index.get("scheduler") or [None])[0]:
+        return 1.0
+    config, only = read_json(file), {}
+    if index.get("_class_name") == "StableDiffusionPipeline":
+        config = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02) | config           # diffusers' defaults
+        only = dict(prediction_type="epsilon", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                    num_train_timesteps=1000, trained_betas=None)
+    elif config.get("use_dynamic_shifting"):
+        only = dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+                    time_shift_type="exponential")
+    for name, value in only.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file}: {name}={config[name]!r} is not implemented: only {value!r}")
-    return 0.0
+    return 0.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
 
 
 def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
@@ -1699,6 +1736,17 @@ def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
     return pipe
 
 
+def t5_room(net, clip, text_length=None):
+    """T5's tokens in a U-ViT: those that CLIP's tokenizer leaves. ValueError for none, or for another text_length."""
+    total = net.config["num_clip_token"]
+    room = total - clip.length
+    if room < 1 or (text_length or room) != room:
+        raise ValueError(f"--text-length {text_length or 0}: this U-ViT takes {total} tokens of text, CLIP's tokenizer "
+                         f"makes {clip.length}, {room} are left for T5: leave the flag away, or take the text encoders "
+                         f"that belong to the network")
+    return room
+
+
 def fresh_uvit(model, weights, lam, dtype, device, seed, predict="noise"):
     """A pipeline with an untrained U-ViT: tiny-prox and tiny-score, or uvit beside the encoders and VAE of a directory.
 
@@ -1718,15 +1766,31 @@ def fresh_uvit(model, weights, lam, dtype, device, seed, predict="noise"):
         if (directory / f"text_encoder{suffix}").is_dir():
             encoders.append(cls.from_pretrained(directory / f"text_encoder{suffix}", dtype, device))
             folder = directory / f"tokenizer{suffix}"
-            tokenizers.append(CLIPTokenizer(folder) if cls is CLIPText else T5Tokenizer(folder, 77))
+            tokenizers.append(CLIPTokenizer(folder) if cls is CLIPText else
+                              T5Tokenizer(folder, t5_room(net, tokenizers[0])))
     vae = VAE.from_pretrained(directory / "vae", device=device) if (directory / "vae").is_dir() else None
     pipe = TextToImage("uvit", net, encoders, tokenizers, vae)
     pipe.source = directory
     return pipe
 
 
+def link_or_copy(source, target):
+    """A hard link to a large file, 10 GB of T5 say; of a small one, which may be edited, or to another disk, a copy."""
+    if os.path.exists(target):
+        if os.path.samefile(source, target):
+            return
+        os.remove(target)                                             # not written into: it may be a link to others
+    if os.path.getsize(source) > 100e6:
+        with contextlib.suppress(OSError):
+            return os.link(os.path.realpath(source), target)
+    shutil.copy2(source, target)
+
+
 def save_uvit(pipe, directory, dtype):
-    """Write a U-ViT's pipeline: its network, and the text encoders and VAE of the directory that they came from."""
+    """Write a U-ViT's pipeline: its network, and the text encoders and VAE of the directory that they came from.
+
+    Those of init="random" came from none and are not kept.
+    """
     directory = Path(directory)
     save_pretrained(pipe.net, directory / "transformer", dtype)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
@@ -1734,8 +1798,8 @@ def save_uvit(pipe, directory, dtype):
     index = {"_class_name": "UViTPipeline", "transformer": ["models", "UViT"]}
     for name, library in (("text_encoder", "transformers"), ("tokenizer", "transformers"),
                           ("text_encoder_2", "transformers"), ("tokenizer_2", "transformers"), ("vae", "diffusers")):
-        if (pipe.source / name).is_dir():
-            shutil.copytree(pipe.source / name, directory / name, dirs_exist_ok=True)
+        if pipe.source and (pipe.source / name).is_dir():
+            shutil.copytree(pipe.source / name, directory / name, copy_function=link_or_copy, dirs_exist_ok=True)
             index[name] = [library, "as beside it"]
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -1752,6 +1816,23 @@ def family(model, weights=""):
     return FAMILIES.get(name, (None,))[0]
 
 
+def locate(model, weights=None):
+    """(original single file or None, directory) of a name or a directory. They need not exist."""
+    path = Path(weights or SHIPPED.get(model) or (model if Path(model).is_dir() else HERE / "weights" / model))
+    return (path, path.parent) if path.is_file() else (None, path)
+
+
+def parameter_count(model, weights=""):
+    """How many parameters the network of a directory has, by its config.json alone; None where there is none."""
+    directory = locate(model, weights)[1]
+    try:
+        name, cls = next(iter(FAMILIES[read_json(directory / "model_index.json")["_class_name"]][1].items()))
+        with torch.device("meta"):                                    # shapes without memory
+            return sum(p.numel() for p in cls(**read_json(directory / name / "config.json")).parameters())
+    except (OSError, ValueError, KeyError, TypeError):                # load says what is wrong
+        return None
+
+
 def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
     """A whole pipeline from a name (tiny, tiny-prox, tiny-score, sd35m, flux, sd14, uvit), or from a directory in the
     diffusers layout.
@@ -1764,20 +1845,25 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     """
     if init not in (None, "random"):
         raise ValueError(f"init={init!r}: 'random' or nothing")
-    directory = Path(weights or SHIPPED.get(model) or (model if Path(model).is_dir() else
-                                                                  HERE / "weights" / model))
-    file, directory = (directory, directory.parent) if directory.is_file() else (None, directory)
+    file, directory = locate(model, weights)
     known = CONFIGS.get(model) if init or file else None              # these need no directory that describes them
     if not directory.is_dir() and not (init and known):
+        if directory.suffix == ".safetensors":
+            raise FileNotFoundError(f"--weights {directory} does not exist: give a directory as diffusers has them, or "
+                                    f"an original single file of the network")
         if model in SOURCES:
-            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come by: pip "
-                                    f"install huggingface_hub && hf download {SOURCES[model]} --local-dir {directory}")
-        if model in UVITS:
+            exclude = "".join(f' --exclude "{pattern}"' for pattern in DUPLICATES[model])
+            gated = (f", once you accept the licence on https://huggingface.co/{SOURCES[model]} and hf auth login,"
+                     if model in GATED else "")
+            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{gated} by: "
+                                    f"pip install huggingface_hub && hf download {SOURCES[model]}{exclude} --local-dir "
+                                    f"{directory}")
+        if model == "uvit":
             raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
                                     f"They come by: python proxt2i.py train --model {model} --preset paper --weights "
                                     f"ENCODERS --images IMAGES --out OUT, then --weights OUT/model")
-        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is tiny, "
-                                f"{', '.join(SOURCES)} or a directory in the diffusers layout")
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is "
+                                f"{', '.join([*SHIPPED, *CONFIGS])} or a directory in the diffusers layout")
     if known and not (directory / "model_index.json").is_file():
         pipeline, shift, configs = known
         parts = list(configs)
@@ -1808,8 +1894,9 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         stems = BESIDE["text_encoder_3"] if cls is T5Encoder else BESIDE.get(name, ())   # FLUX's second is T5, too
         beside = [path for stem in stems if (path := directory / f"{stem}.safetensors").is_file()]
         source = file if name == net_name else (beside or [file])[0]
+        inside = [f"text_encoders.{stems[-1]}.transformer."] if stems and cls is not VAE else None
         try:
-            return from_single_file(cls, source, config(name), dtype, device)
+            return from_single_file(cls, source, config(name), dtype, device, inside)
         except ValueError as error:
             if name == net_name or beside:
                 raise
@@ -1828,6 +1915,11 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     check_widths(pipe, directory)
     if family == "flux" and not text_length:
         tokenizers[1].length = 512 if pipe.net.config["guidance_embeds"] else 256
+    if family == "uvit" and len(tokenizers) == 2:
+        tokenizers[1].length = t5_room(pipe.net, tokenizers[0], text_length)
+    if family == "sd3" and "text_encoder_3" not in names:
+        narrow = sum(encoder.config["hidden_size"] for encoder in encoders) < pipe.net.config["joint_attention_dim"]
+        pipe.blank = (text_length or 128) if narrow else 0
     return pipe
 
 
@@ -1948,7 +2040,8 @@ def save_lora(net, file):
     for name, module in lora_layers(net).items():
         name, a, b = net.lora_prefix + name, module.lora_A.detach(), module.lora_B.detach() * module.lora_scale
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a.cpu().contiguous(), b.cpu().contiguous()
-    save_file(state, file, metadata={"format": "pt"})
+    save_file(state, f"{file}.new", metadata={"format": "pt"})
+    os.replace(f"{file}.new", file)                                   # whole or not at all
 
 
 def lora_file_scale(file):
@@ -1990,7 +2083,8 @@ def run_lora(net, file):
     """Give a network the LoRA of a file at the file's own rank, to be run as it is. Raises as `load_lora` does."""
     lora_file_scale(file)                                             # names a file that is damaged
     with safe_open(file, framework="pt") as tensors:
-        ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if "lora_A" in key or "down" in key}
+        ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
+                 if key.endswith((".lora_A.weight", ".lora.down.weight"))}               # a UNet has down_blocks
     if len(ranks) != 1:
         raise ValueError(f"{file} holds no LoRA of one rank, but {sorted(ranks) or 'none'}")
     rank = ranks.pop()
@@ -2116,33 +2210,43 @@ MEMORY = {                # family -> GB of one GPU -> images at once in trainin
     "flux": {48: (6, True), 80: (24, True), 141: (48, True)},
     "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)},
     "uvit": {24: (48, True), 48: (96, True), 80: (96, True), 141: (192, True)}}
+PUBLIC = {"sd3": 2_243_171_520, "flux": 11_901_408_320, "sd14": 859_520_964, "uvit": 515_311_568}    # of its networks
 
 
-FULL = {"sd3": 54, "flux": 286, "sd14": 21, "uvit": 13}     # GB of all weights trained: 24 bytes each, with moments
-
-
-def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False):
+def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parameters=None):
     """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
 
     For a LoRA at 512 px; guided, with guidance in training, half as many images; full fine-tuning (lora_rank 0) a
-    quarter, always with checkpointing. Estimates: the weights, and the activations that a block keeps. Raises
-    ValueError with what would fit.
+    quarter, always with checkpointing. parameters: the network's, None for the family's public one; a larger one
+    (SD3.5 Large) has fewer images: each takes more, in proportion, of what its weights leave. Estimates: the weights,
+    and the activations that a block keeps. Raises ValueError with what would fit.
     """
-    plans = MEMORY.get(family, {})
+    plans, public = MEMORY.get(family, {}), PUBLIC.get(family)
+    parameters = parameters or public
     if gigabytes not in (24, 48, 80, 141):
         raise ValueError(f"--gpu-memory {gigabytes}: 24, 48, 80 or 141")
     if gigabytes not in plans:
         known = "known are sd35m, flux, sd14, uvit and their directories"
         fits = f"it wants --gpu-memory {min(plans)}" if plans else known
         raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
-    images, checkpointing = plans[gigabytes]
-    if not lora_rank and not fsdp and FULL[family] > 0.9 * gigabytes:
+    byte = 0 if fsdp else 2e-9 if lora_rank else 24e-9                # GB a parameter: bf16, or all that training keeps
+    if not lora_rank and byte * parameters > 0.9 * gigabytes:
         raise ValueError(f"--gpu-memory {gigabytes}: all weights of this model, their moments and averages take about "
-                         f"{FULL[family]} GB: --lora-rank 64, or torchrun and --fsdp")
-    if not lora_rank:
-        images, checkpointing = images // 4, True
-    images = max(1, images // 2 if guided else images)
-    return {"micro_batch": images, "checkpointing": checkpointing, "offload": gigabytes == 24}
+                         f"{math.ceil(byte * parameters)} GB: --lora-rank 64, or torchrun and --fsdp")
+
+    def fitting(size):
+        images = plans[size][0] / (1 if lora_rank else 4)
+        if parameters > public:
+            left, usual = (0.9 * size - byte * count for count in (parameters, public))
+            images *= left / usual * public / parameters
+        return int(images)
+    if fitting(gigabytes) < 1:
+        larger = [size for size in sorted(plans) if size > gigabytes and fitting(size) > 0]
+        fits = f"it wants --gpu-memory {larger[0]}" if larger else "try --micro-batch 1 instead, or torchrun and --fsdp"
+        raise ValueError(f"--gpu-memory {gigabytes}: beside the {parameters / 1e9:.1f} B parameters of this model "
+                         f"there is no room for an image: {fits}")
+    images = max(1, fitting(gigabytes) // 2 if guided else fitting(gigabytes))
+    return {"micro_batch": images, "checkpointing": plans[gigabytes][1] or not lora_rank, "offload": gigabytes == 24}
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining

@@ -14,6 +14,7 @@ import transformers
 from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline)
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import CLIPText, CLIPTokenizer, MMDiT
@@ -174,6 +175,19 @@ def test_position_table_is_that_of_a_fresh_diffusers_network(max_size, size, pat
     theirs, ours = (cls(**config).pos_embed.pos_embed for cls in (SD3Transformer2DModel, MMDiT))
     assert ours.shape == theirs.shape == (1, max_size ** 2, 2 * head_dim) and ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-6)         # float32 places up to 64 in diffusers
+
+
+def test_nothing_larger_than_the_position_table_is_made_on_the_way():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            self.size = max(self.size, out.untyped_storage().nbytes())
+            return out
+    with Largest() as largest:
+        table = models.sincos_table(64, 32, 32)
+    assert largest.size == table.nbytes == 32 * 32 * 64 * 4
 
 
 PUBLIC = {                                                              # parameters, tensors
@@ -466,18 +480,22 @@ def test_loaded_networks_are_frozen_and_in_eval_mode(random_model):
 
 # ========================================================================================================= the pipeline
 
-def test_text_features_are_those_of_diffusers_pipeline(tmp_path):
-    """Two CLIP encoders as in SD3: side by side, zeros up to the network's width, pooled features side by side."""
-    config = dict(SD35M, joint_attention_dim=80, pooled_projection_dim=40)
+@pytest.mark.parametrize("width, text_length", ((80, None), (96, None), (96, 7)))
+def test_text_features_are_those_of_diffusers_pipeline(width, text_length, tmp_path):
+    """Two CLIP encoders as in SD3: side by side, zeros up to the network's width, pooled features side by side.
+
+    Zeros stand for the absent T5, too; not where the CLIPs fill the network's width, as the tiny model's does.
+    """
+    config = dict(SD35M, joint_attention_dim=width, pooled_projection_dim=40)
     texts = ["", "a red circle!", "two blue squares " * 20]
     encoders, tokenizers = [], []
-    for i, (pad, width, act) in enumerate((("<|endoftext|>", 32, "quick_gelu"), ("!", 48, "gelu"))):
+    for i, (pad, dim, act) in enumerate((("<|endoftext|>", 32, "quick_gelu"), ("!", 48, "gelu"))):
         suffix = ("", "_2")[i]
         vocab = models.train_tokenizer(WORDS, tmp_path / f"tokenizer{suffix}", 12)
         edit_json(tmp_path / f"tokenizer{suffix}" / "tokenizer_config.json", pad_token=pad)
         tokenizers.append(transformers.CLIPTokenizer.from_pretrained(tmp_path / f"tokenizer{suffix}"))
         encoders.append(redraw(transformers.CLIPTextModelWithProjection(clip_config(
-            vocab_size=vocab, hidden_size=width, projection_dim=20, hidden_act=act, eos_token_id=2)), seed=i))
+            vocab_size=vocab, hidden_size=dim, projection_dim=20, hidden_act=act, eos_token_id=2)), seed=i))
         encoders[i].save_pretrained(tmp_path / f"text_encoder{suffix}")
     net = saved_mmdit(tmp_path / "transformer", config)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"} | {
@@ -487,13 +505,17 @@ def test_text_features_are_those_of_diffusers_pipeline(tmp_path):
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=encoders[0],
         text_encoder_2=encoders[1], text_encoder_3=None, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
         tokenizer_3=None)
-    context, _, pooled, _ = theirs.encode_prompt(texts, texts, texts, do_classifier_free_guidance=False)
-    ours = models.load(str(tmp_path))
+    context, _, pooled, _ = theirs.encode_prompt(texts, texts, texts, do_classifier_free_guidance=False,
+                                                 max_sequence_length=text_length or 128)
+    ours, other = models.load(str(tmp_path), text_length=text_length), models.load(str(tmp_path), text_length=9)
     our_context, our_pooled = ours.encode_text(texts)
-    assert_equal(our_context, context[:, :12])                          # beyond lie the zeros of the absent T5
+    assert_equal(our_context, context[:, :12] if width == 80 else context)
     assert_equal(our_pooled, pooled)
     again = ours.encode_text(texts[::-1] + texts[:1])                   # from the cache, in the order asked for
     assert torch.equal(again[0], our_context[[2, 1, 0, 0]]) and torch.equal(again[1], our_pooled[[2, 1, 0, 0]])
+    for pipe in (ours, other):
+        pipe.prepare([""], tmp_path / "cache")
+    assert (ours.folder == other.folder) == (width == 80)               # as many zeros, so the same features
 
 
 def test_decode_and_latent_shape(random_model):
@@ -531,8 +553,10 @@ def test_load_by_name_and_with_random_weights(random_model):
     assert saved.shape == drawn.shape and not torch.equal(saved, drawn)
     with pytest.raises(ValueError, match="init='zeros'"):
         models.load(str(random_model), init="zeros")
-    with pytest.raises(FileNotFoundError, match="no-such-model"):
-        models.load("no-such-model")
+    everything = "A model is tiny, tiny-prox, tiny-score, sd35m, flux, sd14, uvit or a directory"
+    for name, weights in (("no-such-model", None), ("tiny", "nowhere")):
+        with pytest.raises(FileNotFoundError, match=f"--model {name}: .* does not exist. {everything}"):
+            models.load(name, weights)
 
 
 # ============================================================================================================ schedules

@@ -12,6 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -330,9 +331,23 @@ def test_flux_turns_queries_in_float32_by_the_angles_of_diffusers(dtype, roundin
     places[:8192, 1], places[:8192, 2] = torch.arange(4096).repeat_interleave(2), torch.arange(2).repeat(4096)
     x = torch.randn(1, 1, 8195, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = apply_rotary_emb(x.float(), FluxPosEmbed(10000, (4, 6, 6))(places))
-    ours = rotate(x, angle)
+    ours = rotate(x, torch.stack([angle.cos(), angle.sin()]).float())
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.float(), exact, rtol=rounding, atol=1e-6)
+
+
+def test_flux_takes_the_cosines_of_its_angles_once():
+    """For all of its blocks, queries and keys."""
+    class Count(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func is torch.ops.aten.cos.default and args[0].dtype == torch.float64
+            return func(*args, **kwargs or {})
+    kind, config, _ = CASES["flux-dev"]
+    with torch.no_grad(), Count() as count:
+        kind(**config)(*inputs("flux-dev"))
+    assert count.seen == 1
 
 
 # =============================================================================================================== UNet
@@ -404,6 +419,17 @@ def test_vae_in_slices_is_the_whole_batch(name, slice_size):
     net.slice_size = slice_size
     assert_equal(both(), whole)
     assert sizes == ([1, 1, 1] if slice_size == 1 else [2, 1]) * 3
+
+
+@pytest.mark.parametrize("side, parts", ((256, [8, 1]), (512, [8, 1]), (1024, [2, 2, 2, 2, 1]), (4096, [1] * 9)))
+def test_vae_takes_fewer_images_at_once_the_larger_they_are(side, parts):
+    """Eight of 512 px, two of 1024: shapes alone, of nine images, without their memory."""
+    with torch.device("meta"):
+        net, images = VAE(**vae_config((4, 4, 4, 4))), torch.empty(9, 3, side, side)
+    sizes = []
+    for part in (net.encoder, net.decoder):
+        part.conv_in.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    assert net.decode(net.encode(images)).shape == images.shape and sizes == parts * 2
 
 
 def test_vae_reads_the_old_names_of_its_attention(tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import diffusers
@@ -10,6 +11,7 @@ import numpy
 import peft
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
@@ -184,6 +186,37 @@ def test_a_dynamic_shift_of_another_line_is_refused(copy):
         models.load(str(file.parent.parent))
 
 
+@pytest.mark.parametrize("change", (
+    dict(prediction_type="v_prediction"), dict(beta_schedule="linear"), dict(beta_start=0.0001), dict(beta_end=0.02),
+    dict(num_train_timesteps=500), dict(trained_betas=[0.1, 0.2])), ids=str)
+def test_ddpm_steps_of_another_kind_are_refused(change, copy):
+    """What a file leaves out is at diffusers' default: other betas than Stable Diffusion 1's, but its prediction."""
+    directory, (name, value) = copy("sd14"), *change.items()
+    file = directory / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    edit(file, **change)
+    with pytest.raises(ValueError) as caught:
+        models.load(str(directory))
+    assert f"scheduler_config.json: {name}={value!r} is not implemented: only " in str(caught.value)
+    file.write_text(json.dumps({key: config[key] for key in config if key != name}))
+    if name.startswith("beta_"):
+        with pytest.raises(ValueError, match=f"{name}=.*{diffusers.DDIMScheduler().config[name]}"):
+            models.load(str(directory))
+    else:
+        models.load(str(directory))
+
+
+def test_a_pipeline_that_names_no_scheduler_has_no_shift(copy):
+    directory = copy("sd3")
+    assert models.read_shift(directory) == 3
+    shutil.rmtree(directory / "scheduler")
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json is missing"):
+        models.read_shift(directory)
+    for value in ([None, None], None):
+        edit(directory / "model_index.json", scheduler=value)
+        assert models.read_shift(directory) == 1
+
+
 # ================================================================================================================= DDIM
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
@@ -345,6 +378,17 @@ def test_two_processes_share_the_prompts(saved, tmp_path):
     assert files(alone.folder) == files(pipe.folder)
 
 
+def test_features_for_which_the_disk_is_too_small_are_refused_after_one(saved, tmp_path, monkeypatch):
+    pipe = models.load(str(saved["sd3"][0]))
+    free = 4 * sum(part.nbytes for part in pipe.encode([""])) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+    with pytest.raises(ValueError, match="features of 5 prompts need .* GB more .* are free: give --text-cache"):
+        pipe.prepare(PROMPTS, tmp_path)
+    assert len(files(tmp_path)) == 1
+    pipe.prepare(PROMPTS, tmp_path)                                    # one is there, and three more fit
+    assert len(files(tmp_path)) == len(PROMPTS)
+
+
 def test_small_encoders_are_kept_and_large_ones_have_a_folder(saved, tmp_path, monkeypatch):
     """Without --text-cache nothing is written for small encoders; from ten million numbers on, weights/text is it."""
     monkeypatch.setattr(models, "HERE", tmp_path)
@@ -382,6 +426,18 @@ def test_a_damaged_file_of_the_cache_is_an_error_that_names_it(saved, tmp_path):
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         pipe.encode_text(["a heart"])
+
+
+def test_offload_fetches_the_vae_to_encode_and_to_decode(saved, monkeypatch):
+    pipe, moves, to = models.load(str(saved["sd3"][0])), [], models.VAE.to
+    monkeypatch.setattr(models.VAE, "to", lambda vae, place: moves.append(str(place)) or to(vae, place))
+    images = randn(2, 3, 32, 32).sigmoid()
+    latents = pipe.encode_images(images)
+    plain = pipe.decode(latents)
+    assert not moves
+    pipe.offload = True
+    assert torch.equal(pipe.encode_images(images), latents) and moves == ["cpu"] * 2     # there, and back
+    assert torch.equal(pipe.decode(latents), plain) and len(moves) == 4
 
 
 # ================================================================================================= what suits a network
@@ -432,7 +488,8 @@ def test_random_weights_at_full_size(name, numbers, vae, shapes):
     pipe = models.load(name, init="random", dtype=torch.bfloat16, device="meta")
     assert sum(p.numel() for p in pipe.net.parameters()) == numbers
     assert sum(p.numel() for p in pipe.vae.parameters()) == vae
-    assert {p.dtype for p in pipe.net.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in pipe.net.state_dict().values()} == {torch.bfloat16}         # positions, too
+    assert torch.get_default_dtype() == torch.float32
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
     assert [p.device.type for net in (pipe.net, pipe.vae) for p in net.state_dict().values() if not p.is_meta] == []
     assert not models.trainable(pipe.net) and not pipe.net.training
@@ -525,6 +582,18 @@ def test_an_original_file_is_the_same_pipeline(family, vae, folder, saved, copy)
     assert cfg.lora_rank == 64 and cfg.micro_batch == models.MEMORY[family][80][0]
 
 
+@pytest.mark.parametrize("family", ORIGINALS)
+def test_one_file_may_hold_the_text_encoders_too(family, saved, copy):
+    """Under the prefixes of the public files of SD3 that hold all: two encoders of one class, so each has its own."""
+    directory, want = copy(family), models.load(str(saved[family][0]))
+    state = original(want.net, "model.diffusion_model.") | original(want.vae, "first_stage_model.")
+    for net, name in zip(want.encoders, BESIDE[family].values(), strict=True):
+        state |= original(net, f"text_encoders.{name.removesuffix('_fp16')}.transformer.")
+    save_file(state, directory / "all.safetensors")
+    strip(directory, "transformer", "vae", *BESIDE[family])
+    assert same(models.load(str(directory), weights=directory / "all.safetensors"), want)
+
+
 def test_an_original_file_lets_the_folders_that_have_weights_be(saved, copy):
     """Only the network is read from it; where the VAE or an encoder is nowhere, the error says where it could be."""
     directory, want = copy("flux"), models.load(str(saved["flux"][0]))
@@ -542,10 +611,28 @@ def test_an_original_file_lets_the_folders_that_have_weights_be(saved, copy):
 @pytest.mark.parametrize("name", models.SOURCES)
 def test_missing_weights_come_with_the_command(name, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "HERE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"hf download {models.SOURCES[name]} --local-dir {tmp_path}"):
+    repository = models.SOURCES[name]
+    with pytest.raises(FileNotFoundError, match=f'hf download {repository}( --exclude "[^"]+")+ --local-dir {tmp_path}'
+                       ) as caught:
         models.load(name)
-    with pytest.raises(FileNotFoundError, match=f"hf download {models.SOURCES[name]}.*elsewhere"):
+    for words in ("hf auth login", f"https://huggingface.co/{repository}"):
+        assert (words in str(caught.value)) == (name != "sd14")       # which is not gated
+    with pytest.raises(FileNotFoundError, match=f"hf download {repository}.*elsewhere"):
         models.load(name, weights="elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"--weights .*typo\.safetensors does not exist") as caught:
+        models.load(name, weights=tmp_path / "typo.safetensors")
+    assert "hf download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, twice", (
+    ("sd35m", ("sd3.5_medium.safetensors", "text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors")),
+    ("flux", ("flux1-dev.safetensors", "ae.safetensors")), ("sd14", ("unet/diffusion_pytorch_model.bin",))))
+def test_what_the_download_leaves_out_is_there_twice(name, twice):
+    """By the hub's own reading of --exclude."""
+    wanted = ["model_index.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+              "text_encoder_3/model-00001-of-00002.safetensors", "tokenizer/vocab.json",
+              "scheduler/scheduler_config.json", "transformer/diffusion_pytorch_model-00001-of-00003.safetensors"]
+    assert [*filter_repo_objects([*wanted, *twice], ignore_patterns=list(models.DUPLICATES[name]))] == wanted
 
 
 @EACH
@@ -556,7 +643,7 @@ def test_a_missing_or_wrong_part_is_an_error_that_names_it(family, saved, copy):
         with pytest.raises(error, match=match):
             models.load(str(directory))
     for part in json.loads((directory / "model_index.json").read_text()):
-        if (directory / part).is_dir() and part != "scheduler":        # without one the times are not shifted
+        if (directory / part).is_dir():
             (directory / part).rename(directory / "away")
             refused(FileNotFoundError, f"{part}/")
             (directory / "away").rename(directory / part)
@@ -679,6 +766,9 @@ def test_load_lora_reads_what_diffusers_wrote(family, save, alpha, saved, tmp_pa
     models.load_lora(ours, file)
     near(*pair(ours, theirs, family))
     assert {layer.lora_scale for layer in models.lora_layers(ours).values()} == {ALPHA / RANK}
+    bare = models.load(str(saved[family][0])).net
+    models.run_lora(bare, file)                                        # whose layers may be in down_blocks
+    near(*pair(bare, theirs, family))
 
 
 @LORA
@@ -750,6 +840,38 @@ def test_memory_plan():
         models.memory_plan("flux", 24, 32)
     with pytest.raises(ValueError, match="--gpu-memory 80: .* known are sd35m, flux, sd14"):
         models.memory_plan(None, 80, 32)
+
+
+def test_memory_plan_of_a_larger_network():
+    """SD3.5 Large is 3.6 times Medium: fewer images by more than that, since its weights take their room too."""
+    medium, large = 2_243_171_520, 8_056_627_520
+    for gigabytes in models.MEMORY["sd3"]:
+        plan = models.memory_plan("sd3", gigabytes, 32)
+        assert plan == models.memory_plan("sd3", gigabytes, 32, parameters=medium)
+        assert plan == models.memory_plan("sd3", gigabytes, 32, parameters=10 ** 6)
+        fewer = models.memory_plan("sd3", gigabytes, 32, parameters=large)["micro_batch"]
+        assert 1 <= fewer <= plan["micro_batch"] * medium / large
+    assert models.memory_plan("sd3", 80, 0, fsdp=True, parameters=large)["micro_batch"] == 1
+    with pytest.raises(ValueError, match="--gpu-memory 141: .* 194 GB: --lora-rank 64, or torchrun and --fsdp"):
+        models.memory_plan("sd3", 141, 0, parameters=large)
+    with pytest.raises(ValueError, match="--gpu-memory 48: .* 24.0 B parameters .* it wants --gpu-memory 80"):
+        models.memory_plan("flux", 48, 32, parameters=24 * 10 ** 9)
+    with pytest.raises(ValueError, match="--gpu-memory 141: .* 100.0 B parameters .* try --micro-batch 1"):
+        models.memory_plan("flux", 141, 32, parameters=10 ** 11)
+
+
+@EACH
+def test_parameter_count_is_the_networks(family, saved, copy):
+    """By config.json alone, of whichever directory would be loaded; nothing where there is none."""
+    directory, theirs = saved[family]
+    count = sum(p.numel() for p in getattr(theirs, NET[family]).parameters())
+    for model, weights in ((directory, ""), (NAMES[family], directory), ("", directory / "model_index.json")):
+        assert models.parameter_count(str(model), str(weights)) == count > 1000
+    directory = copy(family)
+    strip(directory, NET[family])
+    assert models.parameter_count(str(directory)) == count
+    (directory / NET[family] / "config.json").unlink()
+    assert models.parameter_count(str(directory)) is models.parameter_count("nowhere") is None
 
 
 @BOTH

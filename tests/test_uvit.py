@@ -2,6 +2,7 @@
 import inspect
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import models
+import pipelines
 from models import UVITS, UViT
 
 SMALL = dict(img_size=8, in_chans=3, patch_size=2, embed_dim=24, depth=4, num_heads=3, clip_dim=10, num_clip_token=5)
@@ -298,6 +300,65 @@ def test_a_lora_trains_the_attention_and_is_kept(tmp_path):
     models.load_lora(nets[1], tmp_path / "lora.safetensors")
     plain, trained, again = (net(*inputs("lambda")) for net in (network("lambda"), *nets))
     assert torch.allclose(trained, again, atol=1e-6) and not torch.allclose(trained, plain, atol=1e-2)
+
+
+def test_a_pipeline_with_clip_and_t5_is_made_saved_and_loaded(tmp_path, monkeypatch):
+    """T5 has the text positions that CLIP's 16 tokens leave, of 25: 9; the features are transformers'."""
+    small, prompts, theirs = tmp_path / "small", ["a red circle", "two blue squares, a heart! " * 9], []
+    for suffix, length, (net, tokenizer) in (("", 16, pipelines.clip(small / "tokenizer", 1, 16, 12)),
+                                             ("_2", 9, pipelines.t5(small / "tokenizer_2", 2, 24))):
+        net.save_pretrained(small / f"text_encoder{suffix}")
+        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        with torch.no_grad():
+            theirs.append(net(torch.tensor(ids)).last_hidden_state)
+    want = torch.cat([F.pad(theirs[0], (0, 8)), theirs[1]], dim=1)       # (2, 25, 24)
+    config = UVITS["tiny"] | dict(img_size=8, embed_dim=24, depth=2, num_heads=3, clip_dim=24, num_clip_token=25)
+    monkeypatch.setitem(UVITS, "uvit", config)
+    pipe = models.fresh_uvit("uvit", small, True, torch.float32, "cpu", 0)
+    models.save_uvit(pipe, tmp_path / "model", torch.float32)
+    again = models.load(str(tmp_path / "model"))
+    for made in (pipe, again, models.load(str(tmp_path / "model"), text_length=9)):
+        assert [tokenizer.length for tokenizer in made.tokenizers] == [16, 9]
+        torch.testing.assert_close(made.encode_text(prompts)[0], want, rtol=1e-4, atol=1e-5)
+    args = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1]), torch.tensor([0.1, 1]), want
+    assert torch.equal(again.net(*args), pipe.net(*args))
+    models.save_uvit(again, tmp_path / "model", torch.float32)           # onto itself
+    assert torch.equal(models.load(str(tmp_path / "model")).encode(prompts)[0], again.encode(prompts)[0])
+    with pytest.raises(ValueError, match="--text-length 10: .* 25 tokens .* makes 16, 9 are left for T5"):
+        models.load(str(tmp_path / "model"), text_length=10)
+    monkeypatch.setitem(UVITS, "uvit", config | dict(num_clip_token=16))
+    with pytest.raises(ValueError, match="16 tokens .* makes 16, 0 are left for T5"):
+        models.fresh_uvit("uvit", small, True, torch.float32, "cpu", 0)
+
+
+def test_random_weights_are_saved_without_encoders(tmp_path):
+    pipe = models.load("tiny-prox", init="random")
+    models.save_uvit(pipe, tmp_path, torch.float32)
+    assert {path.name for path in tmp_path.iterdir()} == {"transformer", "model_index.json"}
+    again = UViT.from_pretrained(tmp_path / "transformer").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in pipe.net.state_dict().items())
+
+
+def test_a_large_file_is_linked_and_a_small_one_copied(tmp_path, monkeypatch):
+    """Also one that is itself a name for another, as in the hub's cache; copied, too, where there are no links."""
+    (tmp_path / "out").mkdir()
+    blob, large, small, target = (tmp_path / name for name in ("blob", "large", "small", "out/target"))
+    blob.write_text("many weights")
+    large.symlink_to("blob")
+    small.write_text("{}")
+    target.write_text("of the last run")
+    monkeypatch.setattr(models.os.path, "getsize", lambda path: 10 ** 9 if Path(path) == large else 2)
+    for source in (large, large, blob):                                  # then onto itself
+        models.link_or_copy(source, target)
+        assert target.samefile(blob) and not target.is_symlink() and target.read_text() == "many weights"
+    models.link_or_copy(small, target)
+    assert target.read_text() == "{}" and not target.samefile(small) and blob.read_text() == "many weights"
+
+    def refuse(*_):
+        raise OSError("another disk")
+    monkeypatch.setattr(models.os, "link", refuse)
+    models.link_or_copy(large, target)
+    assert target.read_text() == "many weights" and not target.samefile(blob)
 
 
 # ============================================================================================================ behaviour
