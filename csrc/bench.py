@@ -2,21 +2,24 @@
 
     python csrc/bench.py                # the twins and, once built, the compiled ops; CPU, and a GPU if there is one
     python csrc/bench.py --compile      # torch.compile of the twins as well
-    python csrc/bench.py --quick        # one dtype, for a look
+    python csrc/bench.py --quick        # one dtype, for a look; --device cuda: the GPU alone
     python csrc/bench.py model          # a rollout and its update, full-size models with random weights, on a GPU, also
                                         # by diffusers and peft; --quick: the first; model sd35m: this one alone
     python csrc/bench.py rewards        # every reward: small random networks on the CPU, full-size ones on a GPU
 
 A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
 cache. GB/s counts the bytes that the op must move (each input read once, each output written once), whatever the
-implementation does, and is set beside the best bandwidth seen in copying 64 MB into a tensor that exists already, bytes
-read plus bytes written. Allocating the outputs and autograd's own time are included.
+implementation does, and is set beside the bandwidth of copying into a tensor that exists already, bytes read plus
+bytes written: on a CPU the best seen with 64 MB, on a GPU the median with 1 GB. Allocating the outputs and autograd's
+own time are included. A GPU's time is its kernels' alone; what the CPU takes to launch them has columns of its own.
 """
 import argparse
 import functools
 import importlib.util
 import json
+import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -27,9 +30,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import ops
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from csrc import ops  # noqa: E402
 
 SHAPES = (1, 16, 32, 32), (4, 16, 64, 64), (16, 16, 128, 128)            # 64 KB, 1 MB and 16 MB in float32
+LARGE = (256, 16, 128, 128)                                              # 256 MB: far more than a GPU's cache
 
 
 def cases(dtype, device):
@@ -72,7 +78,7 @@ def cases(dtype, device):
     size = torch.empty(0, dtype=dtype).element_size()
     prox, cfg, linear, adv, slas, loss = (getattr(ops, name) for name in ops.NAMES)
     prox_ref, cfg_ref, linear_ref, adv_ref, slas_ref, loss_ref = (getattr(ops, name + "_ref") for name in ops.NAMES)
-    for shape in SHAPES:
+    for shape in (*SHAPES, *[LARGE] * (device == "cuda")):
         bytes_ = torch.Size(shape).numel() * size
 
         def make(count, *rest, grads=(), shape=shape):
@@ -98,12 +104,15 @@ def cases(dtype, device):
 
 
 def measure(functions, make, device, pick=statistics.median, seconds=0.5):
-    """Seconds of each f(*inputs). 4 sets of inputs and all f take turns: a busy machine hits all of them alike."""
+    """Seconds of each f(*inputs), the device's and the CPU's: on a CPU the same, picked from calls within `seconds`.
+
+    4 sets of inputs and all f take turns: a busy machine hits all of them alike.
+    """
     sets = [make() for _ in range(4)]
     for f in functions:
         f(*sets[0])
     if device == "cuda":                                                 # one function's calls are queued in one go
-        return [measure_cuda(f, sets, pick) for f in functions]
+        return [measure_cuda(f, sets) for f in functions]
     times, end = [[] for _ in functions], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 8:
         for f, taken in zip(functions, times):
@@ -112,20 +121,40 @@ def measure(functions, make, device, pick=statistics.median, seconds=0.5):
             f(*inputs)
             taken.append(time.perf_counter() - start)
             sets.append(inputs)
-    return [pick(taken) for taken in times]
+    return [(pick(taken), pick(taken)) for taken in times]
 
 
-def measure_cuda(f, sets, pick, calls=100):
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-    for inputs in sets:
-        f(*inputs)
-    torch.cuda.synchronize()
-    marks[0].record()
-    for i, mark in enumerate(marks[1:]):
-        f(*sets[i % len(sets)])
-        mark.record()
-    torch.cuda.synchronize()
-    return pick(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
+def measure_cuda(f, sets, calls=16):
+    """The GPU's seconds of a call, and the CPU's to launch it: medians over rounds of so many calls.
+
+    The GPU is held back until a round is queued, and then runs kernel behind kernel. Where a call waits for the GPU, as
+    slas_advantage's twin, which indexes by a mask, that is of no use: such a time has the CPU's in it.
+    """
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(hold):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(hold * 3e9))                               # in cycles: no GPU has 3 GHz
+        first.record()
+        start = time.perf_counter()
+        for i in range(calls):                                           # few: a thousand launches fill the queue
+            f(*sets[i % len(sets)])
+        queued = time.perf_counter() - start
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3 / calls, queued / calls
+    run(0)                                                               # for the allocator
+    cpu = statistics.median(run(0)[1] for _ in range(3))
+    return statistics.median(run(2 * calls * cpu + 1e-3)[0] for _ in range(7)), cpu
+
+
+def warm_up(seconds=0.5):
+    """Matrix products, until the GPU's clocks have risen."""
+    a, end = torch.randn(4096, 4096, device="cuda"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(10):
+            a @ a
+        torch.cuda.synchronize()
 
 
 # script, model, one GPU's GB, and what is set beside it: LoRA at 512 px, the settings of --preset official, one group
@@ -134,15 +163,17 @@ MODEL_RUNS = [("dgpo", "sd35m", 80, PEERS), ("grpo", "sd35m", 80, PEERS), ("dgpo
               ("dgpo", "sd35m", 141, PEERS), ("dgpo", "flux", 141, PEERS), ("grpo", "flux", 141, PEERS),
               ("dgpo", "flux", 48, ()), ("dgpo", "sd14", 80, PEERS), ("grpo", "sd14", 80, PEERS),
               ("proxt2i", "uvit", 80, ())]
-MODEL_COLUMNS = "script   model   plan GB   network  rollout  update  step s  peak GB   (rollout, update: images/s)"
+MODEL_COLUMNS = "script   model   plan GB   network  rollout  update  step s  peak GB  held GB   (first two: images/s)"
 
 
 def model(runs=MODEL_RUNS, extra=()):
     """Print images a second of a rollout (with decoding) and of its update, a step's seconds and the peak memory.
 
     A run is the script itself on random weights (--init random), a constant for a reward, in a process of its own; its
-    second step counts. Beside it, by csrc/peer.py, the same on diffusers' network and peft's LoRA. extra: more flags.
-    Returns rows as dicts of the columns' names, seconds None where a run failed.
+    second step counts. It gets no more of the GPU than its plan's GB, and fails if it wants more. Peak is what tensors
+    took at most, held what PyTorch's allocator did. Beside it, by csrc/peer.py and without a cap, the same on the
+    network of diffusers and peft's LoRA, `-` where these are not installed. extra: more flags.
+    Returns rows as dicts of the columns' names, seconds None where a run failed, with its error, or was not made.
     """
     rows = []
     print(MODEL_COLUMNS, flush=True)
@@ -151,15 +182,18 @@ def model(runs=MODEL_RUNS, extra=()):
             row = dict(script=script, model=name, gigabytes=gigabytes, network=how, **measured(
                 script, name, gigabytes, how, extra))
             rows.append(row)
-            figures = "  failed: {error}" if row["seconds"] is None else \
-                "{rollout:>9.2f}{update:>8.2f}{seconds:>8.2f}{peak:>9.1f}"
+            figures = "{rollout:>9.2f}{update:>8.2f}{seconds:>8.2f}{peak:>9.1f}{reserved:>9.1f}"
+            if row["seconds"] is None:
+                figures = "  failed: {error}" if row["error"] else f"{'-':>9}{'-':>8}{'-':>8}{'-':>9}{'-':>9}"
             print(f"{script:9}{pathlib.Path(name).name:7}{gigabytes:>8}{how:>10}{figures.format(**row)}", flush=True)
     return rows
 
 
 def measured(script, name, gigabytes, how, extra=()):
-    """One of model's runs: its images a second, seconds and peak memory, or None and an error."""
-    root, size = pathlib.Path(__file__).resolve().parent.parent, 12 if name == "flux" else 24
+    """One of model's runs: its images a second, seconds and memory, or None and an error, "" if it was not made."""
+    if how != "ours" and not all(map(importlib.util.find_spec, ("diffusers", "peft"))):
+        return dict(seconds=None, error="")
+    size = 12 if name == "flux" else 24
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
@@ -171,14 +205,16 @@ def measured(script, name, gigabytes, how, extra=()):
         flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
         line = [word for key, value in flags.items() for word in
                 ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
-        start = [root / "csrc" / "peer.py", how, script] if how != "ours" else [root / f"{script}.py"]
-        done = subprocess.run([sys.executable, *start, *["rl"] * (script == "proxt2i"), *line, *map(str, extra)],
-                              cwd=folder, capture_output=True, text=True)
+        start = [ROOT / "csrc" / "peer.py", how, script, *["rl"] * (script == "proxt2i")]
+        done = subprocess.run([sys.executable, *start, *line, *map(str, extra)], cwd=folder, capture_output=True,
+                              text=True, env=os.environ | {"T2I_GPU_CAP": str(gigabytes if how == "ours" else 0)})
         if done.returncode:
-            return dict(seconds=None, error=done.stderr.strip()[-300:])
+            return dict(seconds=None, error=done.stderr.strip()[-300:] or f"exit code {done.returncode}")
+        held = re.search(r"^reserved ([\d.]+) GB$", done.stderr, re.M)
         taken, steps = ([json.loads(row) for row in (folder / "out" / file).read_text().splitlines()][2]
                         for file in ("times.jsonl", "metrics.jsonl"))
         return dict(rollout=size / taken["rollout"], update=size / taken["update"], peak=steps.get("memory", 0.0),
+                    reserved=float(held[1]) if held else 0.0,
                     seconds=sum(value for key, value in taken.items() if key != "step"))
 
 
@@ -201,9 +237,7 @@ def random_rewards(folder, small):
 
     OCR and tiny-clip keep their own. Random detectors find no object, so that no crop's colour is looked at.
     """
-    root = pathlib.Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root))
-    spec = importlib.util.spec_from_file_location("rewards", root / "rewards.py")
+    spec = importlib.util.spec_from_file_location("rewards", ROOT / "rewards.py")
     rewards = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rewards)
     words = "a photo of red ring two blue squares cat".split()
@@ -305,37 +339,44 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["ops", "model", "rewards"], default="ops")
     parser.add_argument("only", nargs="*", help="of model: sd35m, flux, sd14, uvit; all of them if none is named")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="of ops and rewards: this one alone")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
     parser.add_argument("--quick", action="store_true", help="ops: float32 only; rewards: three calls; "
                         "model: the first run of the list and one peer")
     args = parser.parse_args()
+    devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    if "cuda" in devices and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no NVIDIA GPU that it can use")
     if args.what == "model":
-        if not torch.cuda.is_available():
+        if "cuda" not in devices:
             sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours")
         gigabytes = torch.cuda.mem_get_info()[1] / 2 ** 30 * 1.1         # as data.py: 44.5 GiB is 48 GB
         runs = [run for run in MODEL_RUNS if run[2] <= gigabytes and (not args.only or run[1] in args.only)]
         runs = [(*run[:3], run[3][:1]) for run in runs[:1]] if args.quick else runs
-        sys.exit(any(row["seconds"] is None for row in model(runs)))
+        sys.exit(any(row.get("error") for row in model(runs)))
     if args.what == "rewards":
-        seconds = 0 if args.quick else 3
-        score("cpu", True, 4, seconds)
-        if torch.cuda.is_available():
-            score("cuda", False, 32, seconds)
+        for device in devices:
+            score(device, device == "cpu", 32 if device == "cuda" else 4, 0 if args.quick else 3)
         return
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads, {ops.status()}")
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        fused = ops.lib is not None and device in ops.devices
-        out = torch.empty(1 << 24, device=device)
-        [copy] = measure([out.copy_], lambda: (torch.randn_like(out),), device, pick=min)
+    for device in devices:
+        gpu, fused = device == "cuda", ops.lib is not None and device in ops.devices
+        if gpu:
+            warm_up()
+        out = torch.empty(1 << (28 if gpu else 24), device=device)
+        [(copy, _)] = measure([out.copy_], lambda: (torch.randn_like(out),), device, pick=min)
         peak = 2 * out.numel() * 4 / copy / 1e9
-        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        name = torch.cuda.get_device_name() if gpu else "cpu"
         print(f"\n{name}: copies at {peak:.1f} GB/s\n{'op':26}{'shape':>18}{'dtype':>10}{'fused us':>11}{'GB/s':>8}"
-              f"{'of copy':>9}{'eager us':>11}{'speedup':>9}" + f"{'compile us':>12}" * args.compile)
+              f"{'of copy':>9}{'eager us':>11}{'speedup':>9}" + f"{'compile us':>12}" * args.compile
+              + f"{'eager CPU':>11}{'fused CPU':>11}" * gpu + f"{'compile CPU':>13}" * (gpu and args.compile))
         for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16, torch.float16):
             for op, f, twin, shape, moved, make in cases(dtype, device):
-                torch._dynamo.reset()
+                if args.compile:
+                    torch._dynamo.reset()
                 row = [twin] + [f] * fused + [torch.compile(twin)] * args.compile
-                eager, *rest = (1e6 * t for t in measure(row, make, device))
+                times = measure(row, make, device)
+                eager, *rest = (1e6 * t for t, _ in times)
                 line = f"{op:26}{'x'.join(map(str, shape)):>18}{str(dtype)[6:]:>10}"
                 if fused:
                     us, *rest = rest
@@ -343,7 +384,12 @@ def main():
                     line += f"{us:11.1f}{rate:8.1f}{rate / peak:9.0%}{eager:11.1f}{eager / us:8.2f}x"
                 else:
                     line += f"{'-':>11}{'-':>8}{'-':>9}{eager:11.1f}{'-':>9}"
-                print(line + "".join(f"{us:12.1f}" for us in rest), flush=True)
+                line += "".join(f"{us:12.1f}" for us in rest)
+                if gpu:
+                    cpu = [f"{1e6 * t:.1f}" for _, t in times]
+                    cpu[1:1] = [] if fused else ["-"]
+                    line += "".join(f"{us:>{width}}" for us, width in zip(cpu, (11, 11, 13)))
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) combine(const T* u, const T* c, T* o
     int64_t start = blockIdx.x * kChunk;
     int n = int(min(kChunk, size - start));
     u += start, c += start, out += start;
-    auto value = [s](T a, T b) { return narrow<T>(widen(a) + s * (widen(b) - widen(a))); };
+    auto value = [s](T a, T b) { return narrow<T>(fma(s, widen(b) - widen(a), widen(a))); };   // linear_step.cu's bits
     sweep<T>(n, head(n, u, c, out), [&](int i) { out[i] = value(u[i], c[i]); }, [&](int i) {
         Pack<T> a = load(u + i), b = load(c + i);
         for (int j = 0; j < a.size; ++j) a.v[j] = value(a.v[j], b.v[j]);

@@ -200,7 +200,36 @@ template <typename X, typename V> void backward_cpu(const LinearStep& p, const L
     });
 }
 
+void run_cpu(const Inputs& in, const LinearStep& p) {
+    dispatch_pair(in.x, in.v(), [&](auto* tx, auto* tv) {
+        step_cpu<std::remove_pointer_t<decltype(tx)>, std::remove_pointer_t<decltype(tv)>>(p);
+    });
+}
+
+void run_cpu(const Inputs& in, const LinearStep& p, const LinearStepGrads& g) {
+    dispatch_pair(in.x, in.v(), [&](auto* tx, auto* tv) {
+        backward_cpu<std::remove_pointer_t<decltype(tx)>, std::remove_pointer_t<decltype(tv)>>(p, g);
+    });
+}
+
+#ifdef WITH_CUDA
+void run_cuda(const Inputs& in, const LinearStep& p) {
+    c10::cuda::CUDAGuard guard(in.x.device());
+    auto partial = at::empty({p.logp ? p.rows * chunks(p.d) : 0}, wide(in.v()));
+    C10_CUDA_CHECK(linear_step_cuda(code(in.x), code(in.v()), p, partial.mutable_data_ptr(), stream(in.x)));
+}
+
+void run_cuda(const Inputs& in, const LinearStep& p, const LinearStepGrads& g) {
+    c10::cuda::CUDAGuard guard(in.x.device());
+    C10_CUDA_CHECK(linear_step_backward_cuda(code(in.x), code(in.v()), p, g, stream(in.x)));
+}
+#endif
+
+using Step = void (*)(const Inputs&, const LinearStep&);
+using StepBackward = void (*)(const Inputs&, const LinearStep&, const LinearStepGrads&);
+
 // key: nothing, or seed, step and the first image's number, which draw eps. mean: where x_next is scored, out is it.
+template <Step run>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptTensor& cond, const OptTensor& uncond, const OptTensor& w,
                                    const OptTensor& eps, const OptTensor& x_next, double a, double b, double scale,
                                    double c, double std, at::IntArrayRef key, bool mean) {
@@ -212,21 +241,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptTensor& cond, const
     p.out = x_next && !mean ? nullptr : out.mutable_data_ptr();
     p.logp = scored ? logp.mutable_data_ptr() : nullptr;
     if (!key.empty()) p.draw = true, p.key = {uint64_t(key[0]), uint32_t(key[1]), uint32_t(key[2])};
-#ifdef WITH_CUDA
-    if (x.is_cuda()) {
-        c10::cuda::CUDAGuard guard(x.device());
-        auto partial = at::empty({scored ? p.rows * chunks(p.d) : 0}, wide(in.v()));
-        C10_CUDA_CHECK(linear_step_cuda(code(x), code(in.v()), p, partial.mutable_data_ptr(), stream(x)));
-        return {out, logp};
-    }
-#endif
-    dispatch_pair(x, in.v(), [&](auto* tx, auto* tv) {
-        step_cpu<std::remove_pointer_t<decltype(tx)>, std::remove_pointer_t<decltype(tv)>>(p);
-    });
+    run(in, p);
     return {out, logp};
 }
 
 // The gradients of x, cond, uncond and w: those that are wanted, the others empty.
+template <StepBackward run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const OptTensor& g_out, const OptTensor& g_logp, const Tensor& x, const OptTensor& cond, const OptTensor& uncond,
     const OptTensor& w, const OptTensor& x_next, double a, double b, double scale, double c, double std,
@@ -240,17 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
     auto to = [&](int i) { return wanted[i] ? grads[i].mutable_data_ptr() : nullptr; };
     auto logp = g_logp ? g_logp->contiguous() : Tensor();
-    LinearStepGrads g{p.eps, Inputs::data(logp), to(0), to(1), to(2), to(3)};
-#ifdef WITH_CUDA
-    if (x.is_cuda()) {
-        c10::cuda::CUDAGuard guard(x.device());
-        C10_CUDA_CHECK(linear_step_backward_cuda(code(x), code(in.v()), p, g, stream(x)));
-        return {grads[0], grads[1], grads[2], grads[3]};
-    }
-#endif
-    dispatch_pair(x, in.v(), [&](auto* tx, auto* tv) {
-        backward_cpu<std::remove_pointer_t<decltype(tx)>, std::remove_pointer_t<decltype(tv)>>(p, g);
-    });
+    run(in, p, {p.eps, Inputs::data(logp), to(0), to(1), to(2), to(3)});
     return {grads[0], grads[1], grads[2], grads[3]};
 }
 
@@ -265,12 +275,12 @@ TORCH_LIBRARY_FRAGMENT(t2i, m) {
           " -> (Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(t2i, CPU, m) {
-    m.impl("linear_step", forward);
-    m.impl("linear_step_backward", backward);
+    m.impl("linear_step", forward<run_cpu>);
+    m.impl("linear_step_backward", backward<run_cpu>);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(t2i, CUDA, m) {
-    m.impl("linear_step", forward);
-    m.impl("linear_step_backward", backward);
+    m.impl("linear_step", forward<run_cuda>);
+    m.impl("linear_step_backward", backward<run_cuda>);
 }
 #endif

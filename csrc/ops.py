@@ -425,7 +425,7 @@ def build(verbose=False):
 
 
 def compile_into(tmp, nvcc, verbose):
-    """Runs the compilers, two at a time, and links what they make to tmp/t2i.so."""
+    """Runs the compilers and links what they make to tmp/t2i.so."""
     from torch.utils.cpp_extension import include_paths, library_paths
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not cxx:
@@ -453,8 +453,7 @@ def compile_into(tmp, nvcc, verbose):
     files = [path for path in sources() if path.suffix == ".cpp" or nvcc and path.suffix == ".cu"]
     objects = [str(tmp / f"{path.name}.o") for path in files]
     jobs = [[*(cpp if path.suffix == ".cpp" else cu), "-c", str(path), "-o", o] for path, o in zip(files, objects)]
-    for i in range(0, len(jobs), 2):
-        run(jobs[i:i + 2], verbose)
+    run(jobs, verbose)
     run([[link[0], *objects, *link[1:], "-o", str(tmp / "t2i.so")]], verbose)
     return tmp / "t2i.so"
 
@@ -475,15 +474,18 @@ def cuda_targets():
 
 
 def run(jobs, verbose):
-    running = []
-    for job in jobs:
+    """Runs commands, as many at a time as there are processors."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def start(job):
         if verbose:
             print(" ".join(job), flush=True)
-        running.append((job, subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
-    done = [(job, process.communicate()[0], process.returncode) for job, process in running]
-    for job, output, code in done:
-        if code:
-            raise RuntimeError(f"The fused ops could not be built, {Path(job[0]).name} said:\n{output[:4000]}\n"
+        return subprocess.run(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(start, jobs))
+    for job, done in zip(jobs, results):
+        if done.returncode:
+            raise RuntimeError(f"The fused ops could not be built, {Path(job[0]).name} said:\n{done.stdout[:4000]}\n"
                                f"The command was: {' '.join(job)}")
 
 

@@ -1,17 +1,20 @@
-"""A script of ours on the network of diffusers and the LoRA of peft: what csrc/bench.py model sets beside our own.
+"""A script of ours as csrc/bench.py model times it: as it is, or on the network of diffusers and the LoRA of peft.
 
     python csrc/peer.py released dgpo --model sd35m --init random ...
 
 The loop, its batches and its flags are the script's, so that the work is the same; network, LoRA and VAE are theirs.
 The first word says how they hold the network: `bfloat16`, or `released`, as Flow-GRPO's and DGPO's code for a LoRA, in
-float32 under autocast. Both run the LoRA beside the weights in rollouts, too. Needs diffusers and peft, as the tests.
+float32 under autocast. Both run the LoRA beside the weights in rollouts, too. They need diffusers and peft, as the
+tests do; `ours` changes nothing and needs neither. T2I_GPU_CAP=24 makes the GPU one of 24 GB: PyTorch gets 23.5. What
+its allocator took at most is the last line on stderr. A run ends with the process that started it, however that ends.
 """
+import ctypes
 import importlib
+import os
 import pathlib
+import signal
 import sys
 
-import diffusers
-import peft
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -84,6 +87,9 @@ class PeerVAE(torch.nn.Module):
 
 def patch(released):
     """From here on models.load gives peers, and models.add_lora peft's LoRA, as strong and as wide as ours."""
+    global diffusers, peft                                               # not needed for our own side
+    import diffusers
+    import peft
     load = models.load
 
     def peers(*args, **settings):
@@ -102,10 +108,19 @@ def patch(released):
 
 def main(argv):
     how, script, *flags = argv
-    if how not in ("released", "bfloat16"):
-        raise SystemExit(f"{how}: released or bfloat16")
-    patch(how == "released")
-    importlib.import_module(script).main(flags)
+    if how not in ("ours", "released", "bfloat16"):
+        raise SystemExit(f"{how}: ours, released or bfloat16")
+    if sys.platform == "linux":                                          # PR_SET_PDEATHSIG: an orphan, which would end
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # its step on SIGTERM, would keep the GPU busy
+    if how != "ours":
+        patch(how == "released")
+    run, gigabytes = importlib.import_module(script).main, float(os.environ.get("T2I_GPU_CAP", 0))
+    if gigabytes and torch.cuda.is_available():                          # half a GB is CUDA's own, about
+        share = (gigabytes - 0.5) * 1e9 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    run(flags)
+    if torch.cuda.is_available():
+        print(f"\nreserved {torch.cuda.max_memory_reserved() / 1e9:.3f} GB", file=sys.stderr)
 
 
 if __name__ == "__main__":

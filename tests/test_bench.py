@@ -1,11 +1,16 @@
-"""python rewards.py bench: what it samples and scores, where it goes on, what its folder says, and what it refuses."""
+"""python rewards.py bench: what it samples and scores, where it goes on, what its folder says, and what it refuses.
+
+And csrc/bench.py: rewards are timed, and the runs of models end with it.
+"""
 import csv
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ import grpo
 import models
 import proxt2i
 import rewards
+from csrc import bench as speed
 
 FILES = ["images", "protocol.json", "result.json", "scores.csv", "scores.jsonl", "sheet.png"]
 
@@ -281,3 +287,38 @@ print(json.dumps(bench.score("cpu", True, 2, 0)))"""
     assert [row[:2] for row in rows] == [["shapes", "float32"], *both, ["ocr", "float32"]]
     assert all(ms > 0 for *_, ms in rows[:-1]) and rows[-1][2] is None
     assert len(said) == 3 + len(rows) and "small random networks" in said[1] and "no weights for it" in said[-1]
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    """Of csrc/bench.py model: diffusers and peft have a line without numbers, and ours still has its own."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    measured, own = speed.measured, dict(rollout=1., update=2., seconds=36., peak=3., reserved=4.)
+    monkeypatch.setattr(speed, "measured", lambda *args: own if args[3] == "ours" else measured(*args))
+    rows = speed.model([("dgpo", "sd35m", 80, ("bfloat16",))])
+    assert [(row["seconds"], row.get("error")) for row in rows] == [(36., None), (None, "")]
+    said = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert said == [["dgpo", "sd35m", "80", "ours", "1.00", "2.00", "36.00", "3.0", "4.0"],
+                    ["dgpo", "sd35m", "80", "bfloat16", *"-----"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word that the parent has ended")
+def test_a_run_ends_with_the_benchmark_that_started_it(tmp_path):
+    """kill -9 of it, too: a script that goes on would keep a GPU busy."""
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, time\n\n\ndef main(flags):\n    pathlib.Path('new').write_text(str(os.getpid()))\n"
+        "    os.replace('new', 'pid')\n    time.sleep(60)\n")
+    line = [sys.executable, str(pathlib.Path(speed.__file__).with_name("peer.py")), "ours", "sleeper"]
+    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.run({line})"], cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    wait_for((tmp_path / "pid").exists)
+    process = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not process.exists() or process.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(.02)
