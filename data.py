@@ -1214,9 +1214,17 @@ def cli(config, presets, argv=None, defaults=None):
     values = {**values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
         now = {name: values.get(name, getattr(config, name)) for name in ("lora_rank", "cfg_train", "fsdp")}
-        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"])
+        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"],
+                                  models.parameter_count(model, values.get("weights", "")))
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
-    return config(**values)
+    cfg = config(**values)
+    if typed.get("fused"):
+        from csrc import ops
+        try:
+            ops.build()
+        except RuntimeError as error:
+            raise ValueError(f"--fused: {error}") from None
+    return cfg
 
 
 def method_of(config):
@@ -1372,7 +1380,7 @@ def exit_codes():
 
 def crash():
     """End at once, with a traceback, where other processes may wait in a collective; alone, do nothing."""
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -1684,7 +1692,8 @@ def check_ratio(run, differences, stop=True):
     one of a policy to itself; that is said in place of both.
     """
     cfg = run.cfg
-    worst, limit = run.gather(torch.cat(differences)).expm1().abs().max().item(), cfg.clip_range / 10    # NaN if any is
+    worst = torch.cat(differences).expm1().abs().amax(0, keepdim=True)                   # NaN if any is
+    worst, limit = run.gather(worst).max().item(), cfg.clip_range / 10
     if cfg.cfg_train != cfg.cfg_rollout:
         if stop:
             run.say(f"--cfg-train {cfg.cfg_train:g} is not --cfg-rollout {cfg.cfg_rollout:g}, so images are drawn from "
@@ -2124,8 +2133,7 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
     if run.rank == 0 or cfg.fsdp:                                     # shards: every process takes part
         with models.using(params, trained):
             if cfg.lora_rank:
-                models.save_lora(pipe.net, run.out / "lora.safetensors.new")
-                os.replace(run.out / "lora.safetensors.new", run.out / "lora.safetensors")
+                models.save_lora(pipe.net, run.out / "lora.safetensors")
             elif pipe.family == "uvit":                               # no library knows it: the whole pipeline
                 small = torch.float16 if cfg.model.startswith("tiny") else models.DTYPES[cfg.dtype]
                 models.save_uvit(pipe, run.out / "model", small)

@@ -107,7 +107,7 @@ class Config:
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/dgpo-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
-    fused: bool = True                  # use the compiled ops if they are built; --no-fused: the PyTorch twins
+    fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
 
     def __post_init__(self):
         data.check_common(self)

@@ -230,7 +230,8 @@ def main(argv=None):
     for kind in dict.fromkeys(tuple(row[key] for key in kinds) for row in rows if row["variant"] == "tune"):
         race = dict(zip(kinds, kind))
         found = [f"{settings or 'defaults'} {score:.3f}" for settings, score in tried(rows, kind[0], race).items()]
-        print(f"{' '.join(filter(None, kind))}: {', '.join(found)}; chosen: {chosen(rows, kind[0], race) or 'defaults'}")
+        best = chosen(rows, kind[0], race) or "defaults"
+        print(f"{' '.join(filter(None, kind))}: {', '.join(found)}; chosen: {best}")
     for line in filter(None, failed):
         print(f"failed: {line}", file=sys.stderr)
     return int(any(failed))

@@ -85,6 +85,20 @@ def test_flags_beat_the_preset_and_the_preset_beats_defaults(module):
     assert cfg.model == "sd35m" and cfg.weight_decay == module.Config.weight_decay
 
 
+@BOTH
+def test_fused_builds_the_ops_and_says_why_it_cannot(module, small, refused, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module.ops, "build", lambda: asked.append(1))
+    for line, times in (([], 0), (["--no-fused"], 0), (["--fused"], 1)):
+        assert data.cli(module.Config, module.PRESETS, line).fused == (line != ["--no-fused"])
+        assert len(asked) == times
+
+    def fails():
+        raise RuntimeError("No C++ compiler found")
+    monkeypatch.setattr(module.ops, "build", fails)
+    refused(module, [*small, "--fused"], "--fused", "No C++ compiler found")
+
+
 def test_help_runs_as_a_command():
     for script in ("dgpo.py", "grpo.py"):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,

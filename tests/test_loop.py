@@ -520,7 +520,7 @@ def test_grpo_counts_network_passes(settings, flags, monkeypatch):
         _, rows, _ = run(grpo, flags(**settings))
     train = 1 + (settings.get("cfg_train", 1) != 1)
     passes = 1 + settings.get("cfg_detach", False)                     # of a step scored, for each that is trained
-    seen["forwards"] -= rows[1]["backwards"] * passes                  # 8 images, the steps that the first rollout trains
+    seen["forwards"] -= rows[1]["backwards"] * passes                  # 8 images, the first rollout's trained steps
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
+import data
 import dgpo
 import grpo
 import race
@@ -324,3 +325,10 @@ if __name__ == "__main__":
     import tempfile
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         measure(int(sys.argv[1]), *sys.argv[2:])
+
+
+@pytest.mark.parametrize("low, high, ticks", (
+    (.27, .59, [.2, .3, .4, .5, .6]), (0, 228000, [0, 50000, 100000, 150000, 200000, 250000]),
+    (.5, .5, [.4, .6, .8, 1, 1.2, 1.4, 1.6]), (-.3, .2, [-.3, -.2, -.1, 0, .1, .2]), (4, 25, [0, 5, 10, 15, 20, 25])))
+def test_an_axis_has_round_numbers(low, high, ticks):
+    assert data.rounds(low, high) == ticks
