@@ -1195,7 +1195,7 @@ def cli(config, presets, argv=None, defaults=None):
     given = typed = vars(parser.parse_args(argv))
     if typed.get("resume"):                                            # what is not typed again stays what it was
         with contextlib.suppress(ValueError):                          # a run that is not there: Run says so
-            given = settings_of(last_run(method_of(config), typed.get("out", "")), config) | typed
+            given = settings_of(last_run(method_of(config), typed.get("out", "")), config) | {"out": ""} | typed
     preset = given.get("preset") or (list(presets)[-1] if given.get("model") in {*models.SOURCES, "uvit"} else "tiny")
     if preset not in presets:
         raise ValueError(f"unknown --preset {preset!r}: {', '.join(presets)}")
