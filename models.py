@@ -1853,11 +1853,11 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
                                     f"an original single file of the network")
         if model in SOURCES:
             exclude = "".join(f' --exclude "{pattern}"' for pattern in DUPLICATES[model])
-            gated = (f", once you accept the licence on https://huggingface.co/{SOURCES[model]} and hf auth login,"
-                     if model in GATED else "")
-            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{gated} by: "
-                                    f"pip install huggingface_hub && hf download {SOURCES[model]}{exclude} --local-dir "
-                                    f"{directory}")
+            licence, login = ((f", once you accept the licence on https://huggingface.co/{SOURCES[model]},",
+                               "hf auth login && ") if model in GATED else ("", ""))
+            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{licence} "
+                                    f"by: pip install huggingface_hub && {login}hf download {SOURCES[model]}{exclude} "
+                                    f"--local-dir {directory}")
         if model == "uvit":
             raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
                                     f"They come by: python proxt2i.py train --model {model} --preset paper --weights "
