@@ -20,7 +20,7 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
 Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this
 toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. A small zeta
 then finds the mode of x_0 given y and lands at E[X_t | y, x_0] of it: the proximal operator at t = 0 and for Gaussian
-data, near it elsewhere. Without (10) the last landing drifts in RL, and paints noise.
+data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
 Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
 halves gamma times the score. Departs from it: gamma is beta's integral over a step, not beta at its start times its
 length; log-probs and KL are means over the latent's dimensions; DPM-Solver is the ++(2M) variant; in RL the score

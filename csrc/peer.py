@@ -8,12 +8,13 @@ float32 under autocast. Both run the LoRA beside the weights in rollouts, too. T
 tests do; `ours` changes nothing and needs neither. T2I_GPU_CAP=24 makes the GPU one of 24 GB: PyTorch gets 23.5. What
 its allocator took at most is the last line on stderr. A run ends with the process that started it, however that ends.
 """
-import ctypes
 import importlib
 import os
 import pathlib
 import signal
 import sys
+import threading
+import time
 
 import torch
 
@@ -106,12 +107,18 @@ def patch(released):
     models.load, models.add_lora, models.save_lora = peers, add_lora, lambda *_: None
 
 
+def end_with(parent):
+    """Wait until the parent has ended, then end at once: an orphan, which would finish its step, keeps a GPU busy."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(argv):
     how, script, *flags = argv
     if how not in ("ours", "released", "bfloat16"):
         raise SystemExit(f"{how}: ours, released or bfloat16")
-    if sys.platform == "linux":                                          # PR_SET_PDEATHSIG: an orphan, which would end
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # its step on SIGTERM, would keep the GPU busy
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if how != "ours":
         patch(how == "released")
     run, gigabytes = importlib.import_module(script).main, float(os.environ.get("T2I_GPU_CAP", 0))
