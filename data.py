@@ -1242,8 +1242,6 @@ def last_run(method, out=""):
 
 def settings_of(out, config):
     """A run's config.json as a dict, without what Config does not know. Raises ValueError if it cannot be read."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
     if not (out / "config.json").is_file():
         raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
     try:
