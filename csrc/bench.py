@@ -189,29 +189,34 @@ def model(runs=MODEL_RUNS, extra=()):
     return rows
 
 
+def start(program, script, name, gigabytes, how, extra, folder):
+    """One of model's runs, two steps of it: a process of csrc/PROGRAM that has ended. Its --out is folder / "out"."""
+    folder, size = pathlib.Path(folder), 12 if name == "flux" else 24
+    (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
+    (folder / "prompts.txt").write_text("a photo of a bench\n")
+    reward = f"{folder / 'reward.py'}:noise"
+    flags = dict(model=name, init="random", gpu_memory=gigabytes, steps=2, groups=1, group_size=size, updates=1,
+                 resolution=512, lora_rank=64, eval_every=0, eval_images=1, val_images=1, cfg_also=0, eval_steps=1,
+                 prompts=folder / "prompts.txt", reward=reward, eval_reward=reward, out=folder / "out")
+    flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
+    line = [word for key, value in flags.items() for word in
+            ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
+    words = [ROOT / "csrc" / program, how, script, *["rl"] * (script == "proxt2i"), *line, *map(str, extra)]
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"T2I_GPU_CAP": str(gigabytes if how == "ours" else 0)})
+
+
 def measured(script, name, gigabytes, how, extra=()):
     """One of model's runs: its images a second, seconds and memory, or None and an error, "" if it was not made."""
     if how != "ours" and not all(map(importlib.util.find_spec, ("diffusers", "peft"))):
         return dict(seconds=None, error="")
     size = 12 if name == "flux" else 24
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        (folder / "reward.py").write_text("def noise(images, prompts, meta):\n    return images.mean((1, 2, 3))\n")
-        (folder / "prompts.txt").write_text("a photo of a bench\n")
-        reward = f"{folder / 'reward.py'}:noise"
-        flags = dict(model=name, init="random", gpu_memory=gigabytes, steps=2, groups=1, group_size=size, updates=1,
-                     resolution=512, lora_rank=64, eval_every=0, eval_images=1, val_images=1, cfg_also=0, eval_steps=1,
-                     prompts=folder / "prompts.txt", reward=reward, eval_reward=reward, out=folder / "out")
-        flags |= dict(clip_range=1.0, fsdp=None) if script == "grpo" else {}
-        line = [word for key, value in flags.items() for word in
-                ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
-        start = [ROOT / "csrc" / "peer.py", how, script, *["rl"] * (script == "proxt2i")]
-        done = subprocess.run([sys.executable, *start, *line, *map(str, extra)], cwd=folder, capture_output=True,
-                              text=True, env=os.environ | {"T2I_GPU_CAP": str(gigabytes if how == "ours" else 0)})
+        done = start("peer.py", script, name, gigabytes, how, extra, folder)
         if done.returncode:
             return dict(seconds=None, error=done.stderr.strip()[-300:] or f"exit code {done.returncode}")
         held = re.search(r"^reserved ([\d.]+) GB$", done.stderr, re.M)
-        taken, steps = ([json.loads(row) for row in (folder / "out" / file).read_text().splitlines()][2]
+        taken, steps = ([json.loads(row) for row in (pathlib.Path(folder) / "out" / file).read_text().splitlines()][2]
                         for file in ("times.jsonl", "metrics.jsonl"))
         return dict(rollout=size / taken["rollout"], update=size / taken["update"], peak=steps.get("memory", 0.0),
                     reserved=float(held[1]) if held else 0.0,
@@ -349,7 +354,8 @@ def main():
         sys.exit("--device cuda: PyTorch finds no NVIDIA GPU that it can use")
     if args.what == "model":
         if "cuda" not in devices:
-            sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours")
+            sys.exit("csrc/bench.py model wants an NVIDIA GPU: full-size models on a CPU would take hours. What memory "
+                     "they take on one, csrc/count.py tells without it.")
         gigabytes = torch.cuda.mem_get_info()[1] / 2 ** 30 * 1.1         # as data.py: 44.5 GiB is 48 GB
         runs = [run for run in MODEL_RUNS if run[2] <= gigabytes and (not args.only or run[1] in args.only)]
         runs = [(*run[:3], run[3][:1]) for run in runs[:1]] if args.quick else runs

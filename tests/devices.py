@@ -5,7 +5,7 @@
 PyTorch's fake tensors have a shape, a dtype and a device, and no numbers. The run's networks are loaded on the CPU and
 then turned into fake ones on "cuda:0"; numbers that the loop asks for are made up, a backward pass only gives every
 parameter a gradient of zeros. So this sees where tensors are and what shapes they have, and nothing else: no values, no
-kernels, no streams, no memory. Needs a C++ compiler and a CPU build of PyTorch.
+kernels, no streams, no memory, which csrc/count.py counts. Needs a C++ compiler and a CPU build of PyTorch.
 """
 import contextlib
 import importlib
@@ -16,16 +16,14 @@ import sys
 import tempfile
 import types
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.cpp_extension import include_paths, library_paths
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 import models  # noqa: E402
-import rewards  # noqa: E402
+from csrc import count  # noqa: E402
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);"""
@@ -49,27 +47,6 @@ def fake(tensor):
     return FakeTensor(mode, like, torch.device("cuda", 0))
 
 
-def apply(net, change, recurse=True):
-    """nn.Module._apply, which .to and .float call, with new parameters: fake ones cannot be changed in place."""
-    for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = torch.nn.Parameter(change(p.detach()), requires_grad=p.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = change(buffer)
-    return net
-
-
-def number(tensor):
-    """What is read from a tensor, of which nothing is known: some number."""
-    return tensor.dtype == torch.bool or (0.5 if tensor.dtype.is_floating_point else 1)
-
-
-def listed(tensor):
-    return [listed(part) for part in tensor] if tensor.dim() else number(tensor)
-
-
 def backward(tensor, *_):
     if tensor.device.type != "cuda" or not tensor.requires_grad:
         raise AssertionError(f"backward of a tensor on {tensor.device}, requires_grad {tensor.requires_grad}")
@@ -78,55 +55,29 @@ def backward(tensor, *_):
 
 
 def patch():
-    """Let fake tensors answer what a loop asks of numbers, and leave out what needs their values."""
-    T, get, numpy, tensor, load = (torch.Tensor, torch.Tensor.__getitem__, torch.Tensor.numpy, torch.tensor,
-                                   models.load)
-
-    def getitem(self, index):
-        if not isinstance(self, FakeTensor):
-            return get(self, index)
-        if torch.is_tensor(index) and index.dtype == torch.bool:       # as many as there are
-            return self
-        parts = index if isinstance(index, tuple) else (index,)
-        return get(self, tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts))
-
-    def to_numpy(self, *args, **settings):
-        if not isinstance(self, FakeTensor):
-            return numpy(self, *args, **settings)
-        if self.device.type != "cpu":
-            raise TypeError(f"numpy of a tensor on {self.device}")
-        return np.ones(tuple(self.shape), str(self.dtype)[6:])
+    """Let a loop run on fake tensors that claim to be on a GPU."""
+    tensor, load = torch.tensor, models.load
+    count.patch()
 
     def loaded(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
         with _disable_current_modes():
             pipe = load(model, weights, dtype, "cpu", init, text_length)
         for part in (pipe.net, pipe.vae, *pipe.encoders):
             if part is not None:
-                nets.append(apply(part, fake))
+                nets.append(count.apply(part, fake))
         return pipe
 
     def zeros(_, inputs, *args, **settings):
         return tuple(torch.zeros_like(x) for x in ([inputs] if torch.is_tensor(inputs) else inputs))
-    for name, f in {"item": number, "tolist": listed, "backward": backward, "numpy": to_numpy, "__getitem__": getitem,
-                    "__bool__": lambda t: bool(number(t)), "__float__": lambda t: float(number(t)),
-                    "__int__": lambda t: int(number(t)), "__index__": lambda t: int(number(t)),
-                    "__format__": lambda t, spec: format(number(t), spec),
-                    "new_tensor": lambda t, x, **to: torch.tensor(x, **{"dtype": t.dtype, "device": t.device, **to})
-                    }.items():
-        setattr(T, name, f)
+    torch.Tensor.backward = backward
+    torch.Tensor.new_tensor = lambda t, x, **to: torch.tensor(x, **{"dtype": t.dtype, "device": t.device, **to})
     for name, value in {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True,
                         "max_memory_allocated": 0, "mem_get_info": (0, 2 ** 37),
                         "current_stream": types.SimpleNamespace(synchronize=lambda: None)}.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
     torch.cuda.stream = contextlib.nullcontext
     torch.tensor = lambda x, *args, device=None, **settings: tensor(x, *args, **settings).to(device or "cpu")
-    torch.autograd.grad, torch.nn.Module._apply = zeros, apply
-    models.load, models.save_file = loaded, lambda state, file, **settings: open(file, "wb").close()
-    data.masked, data.check_ratio = lambda name, reward: reward, lambda *args, **settings: None
-    data.verdict = lambda *_: {"eval": .5, "eval_error": .1, "eval_gold": .5, "gold_error": .1, "tags": {}}
-    data.advantage_stats = lambda *_: {"square": 1.0, "top_decile": .1, "prompt_std": [0.0] * 5}
-    data.Scoring.terms, data.Run.save = lambda self: {}, lambda *_: None
-    rewards.load = lambda *_, **settings: lambda images, prompts, metas: images.mean((1, 2, 3))
+    torch.autograd.grad, models.load = zeros, loaded
 
 
 if __name__ == "__main__":
