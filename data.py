@@ -1213,8 +1213,10 @@ def cli(config, presets, argv=None, defaults=None):
     values = {**values, **under} if own not in (None, method) else {**under, **values}
     values = {**values, **given, "model": model, "preset": preset}
     if values.get("gpu_memory"):
-        now = {name: values.get(name, getattr(config, name)) for name in ("lora_rank", "cfg_train", "fsdp")}
-        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], now["cfg_train"] != 1, now["fsdp"],
+        names = "lora_rank", "cfg_train", "cfg_detach", "fsdp"
+        now = {name: values.get(name, getattr(config, name, False)) for name in names}
+        both = now["cfg_train"] != 1 and not now["cfg_detach"]        # passes that keep their activations
+        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, now["fsdp"],
                                   models.parameter_count(model, values.get("weights", "")))
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
     cfg = config(**values)

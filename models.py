@@ -2205,21 +2205,22 @@ def fisher(policy, steps, images, params, v, run):
         return largest_eigenvalue(product, v), (run.sum(square) / run.world).item()
 
 
-MEMORY = {                # family -> GB of one GPU -> images at once in training, gradient checkpointing; LoRA, 512 px
-    "sd3": {24: (12, True), 48: (24, True), 80: (16, False), 141: (32, False)},
-    "flux": {48: (6, True), 80: (24, True), 141: (48, True)},
-    "sd14": {24: (8, True), 48: (16, True), 80: (16, False), 141: (32, False)},
-    "uvit": {24: (48, True), 48: (96, True), 80: (96, True), 141: (192, True)}}
+MEMORY = {      # family -> GB of one GPU -> images at once in a LoRA's training at 512 px: with gradient checkpointing and
+    "sd3": {24: (24, 0), 48: (48, 16), 80: (48, 24), 141: (96, 48)},                 # without, 0 where too few would fit
+    "flux": {48: (12, 0), 80: (24, 0), 141: (48, 8)},
+    "sd14": {24: (16, 16), 48: (32, 32), 80: (64, 64), 141: (96, 96)},
+    "uvit": {24: (48, 0), 48: (96, 16), 80: (96, 24), 141: (192, 48)}}
 PUBLIC = {"sd3": 2_243_171_520, "flux": 11_901_408_320, "sd14": 859_520_964, "uvit": 515_311_568}    # of its networks
 
 
 def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parameters=None):
     """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
 
-    For a LoRA at 512 px; guided, with guidance in training, half as many images; full fine-tuning (lora_rank 0) a
-    quarter, always with checkpointing. parameters: the network's, None for the family's public one; a larger one
-    (SD3.5 Large) has fewer images: each takes more, in proportion, of what its weights leave. Estimates: the weights,
-    and the activations that a block keeps. Raises ValueError with what would fit.
+    For a LoRA at 512 px; guided, with gradients through both of guidance's passes, half as many; full fine-tuning (lora_rank 0) a
+    quarter, always with checkpointing, which costs a forward pass of every update. parameters: the network's, None for
+    the family's public one; a larger one (SD3.5 Large) has fewer images: each takes more, in proportion, of what its
+    weights leave. By csrc/count.py a step's tensors take at most 0.78 of the GPU; rewards, CUDA and what the allocator
+    loses have the rest. Raises ValueError with what would fit.
     """
     plans, public = MEMORY.get(family, {}), PUBLIC.get(family)
     parameters = parameters or public
@@ -2234,19 +2235,21 @@ def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parame
         raise ValueError(f"--gpu-memory {gigabytes}: all weights of this model, their moments and averages take about "
                          f"{math.ceil(byte * parameters)} GB: --lora-rank 64, or torchrun and --fsdp")
 
-    def fitting(size):
-        images = plans[size][0] / (1 if lora_rank else 4)
+    def fitting(size):                                                # (images, checkpointing)
+        checkpointed, plain = plans[size]
+        images = plain or checkpointed if lora_rank else checkpointed / 4
         if parameters > public:
             left, usual = (0.9 * size - byte * count for count in (parameters, public))
             images *= left / usual * public / parameters
-        return int(images)
-    if fitting(gigabytes) < 1:
-        larger = [size for size in sorted(plans) if size > gigabytes and fitting(size) > 0]
+        return int(images), not (lora_rank and plain)
+    images, checkpointing = fitting(gigabytes)
+    if images < 1:
+        larger = [size for size in sorted(plans) if size > gigabytes and fitting(size)[0] > 0]
         fits = f"it wants --gpu-memory {larger[0]}" if larger else "try --micro-batch 1 instead, or torchrun and --fsdp"
         raise ValueError(f"--gpu-memory {gigabytes}: beside the {parameters / 1e9:.1f} B parameters of this model "
                          f"there is no room for an image: {fits}")
-    images = max(1, fitting(gigabytes) // 2 if guided else fitting(gigabytes))
-    return {"micro_batch": images, "checkpointing": plans[gigabytes][1] or not lora_rank, "offload": gigabytes == 24}
+    images = max(1, images // 2) if guided else images
+    return {"micro_batch": images, "checkpointing": checkpointing, "offload": gigabytes == 24}
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining

@@ -826,7 +826,7 @@ def test_memory_plan():
             assert plan.keys() == {"micro_batch", "checkpointing", "offload"} and plan["micro_batch"] >= 1
             assert plan["offload"] == (gigabytes == 24)
             full = models.memory_plan(family, gigabytes, 0, fsdp=True)
-            assert full["checkpointing"] and 1 <= full["micro_batch"] == max(1, plan["micro_batch"] // 4)
+            assert full["checkpointing"] and 1 <= full["micro_batch"] == plans[gigabytes][0] // 4
             half = models.memory_plan(family, gigabytes, 32, guided=True)
             assert half == {**plan, "micro_batch": plan["micro_batch"] // 2}
         for a, b in zip(seen, seen[1:]):                               # fewer images only where checkpointing ends
@@ -851,7 +851,7 @@ def test_memory_plan_of_a_larger_network():
         assert plan == models.memory_plan("sd3", gigabytes, 32, parameters=10 ** 6)
         fewer = models.memory_plan("sd3", gigabytes, 32, parameters=large)["micro_batch"]
         assert 1 <= fewer <= plan["micro_batch"] * medium / large
-    assert models.memory_plan("sd3", 80, 0, fsdp=True, parameters=large)["micro_batch"] == 1
+    assert models.memory_plan("sd3", 80, 0, fsdp=True, parameters=large)["micro_batch"] == 3
     with pytest.raises(ValueError, match="--gpu-memory 141: .* 194 GB: --lora-rank 64, or torchrun and --fsdp"):
         models.memory_plan("sd3", 141, 0, parameters=large)
     with pytest.raises(ValueError, match="--gpu-memory 48: .* 24.0 B parameters .* it wants --gpu-memory 80"):
@@ -879,10 +879,15 @@ def test_gpu_memory_stands_between_the_preset_and_the_flags(module, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name, gigabytes in (("sd35m", 24), ("sd35m", 80), ("sd14", 24), ("flux", 141)):
         cfg = cli(module, "--model", name, "--gpu-memory", gigabytes)
-        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, cfg.cfg_train != 1, cfg.fsdp)
+        both = cfg.cfg_train != 1 and not getattr(cfg, "cfg_detach", False)
+        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, both, cfg.fsdp)
         assert {key: getattr(cfg, key) for key in plan} == plan and cfg.gpu_memory == gigabytes
     cfg = cli(module, "--model", "sd35m", "--gpu-memory", 24, "--micro-batch", 3, "--no-checkpointing", "--no-offload")
     assert (cfg.micro_batch, cfg.checkpointing, cfg.offload) == (3, False, False)
+    if module is not dgpo:                                             # guidance's two passes, or one of them
+        line = ("--model", "sd35m", "--gpu-memory", 80, "--lora-rank", 8, "--cfg-train", 4.5)
+        both, one = (cli(module, *line, flag).micro_batch for flag in ("--no-cfg-detach", "--cfg-detach"))
+        assert 2 * both == one == 24
     lora = cli(module, "--model", "sd14", "--gpu-memory", 48, "--lora-rank", 8).micro_batch
     assert lora == 4 * cli(module, "--model", "sd14", "--gpu-memory", 48, "--lora-rank", 0).micro_batch
     for line, words in ((("--model", "sd35m", "--gpu-memory", 40), "24, 48, 80 or 141"),
