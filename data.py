@@ -376,13 +376,18 @@ HPDV2 = ("curl -L --create-dirs -o weights/hpdv2/train.txt "            # as Dan
          "https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets/prompts.txt")
 
 
+FORMATS = (".txt", ".jsonl", ".json", ".csv")
+
+
 def prompts(spec, split):
     """The prompts of a run, list[dict] with at least "prompt"; the other keys are what a verifier needs.
 
     spec: "shapes" (the tiny world), "geneval", "geneval-unseen", "ocr" (see the functions of these names), or a file:
     .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column, or UniGenBench's
     columns). A file's rows are the same for every split. HPDv2's are such files: train.json (a row for each pair of
-    images; here each of its prompts counts once), anime.json ...
+    images; here each of its prompts counts once), anime.json ... Or a folder of such files, one a split, as Flow-GRPO's
+    and DGPO's are: train.txt, test.txt, or train_metadata.jsonl ...; without a val.txt every twentieth of train's rows
+    is held out for validation.
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -392,8 +397,11 @@ def prompts(spec, split):
     if spec in made:
         return made[spec](split)
     path = pathlib.Path(spec)
-    if path.suffix not in (".txt", ".jsonl", ".json", ".csv"):
-        raise ValueError(f"unknown prompts {str(spec)!r}: {', '.join(made)}, or a .txt, .jsonl, .json or .csv file")
+    if path.is_dir():
+        return _folder(path, split)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"unknown prompts {str(spec)!r}: {', '.join(made)}, a .txt, .jsonl, .json or .csv file, or a "
+                         f"folder of these")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -416,6 +424,22 @@ def prompts(spec, split):
     if "human_preference" in rows[0]:                                  # HPDv2's train.json
         return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     return rows
+
+
+def _folder(path, split):
+    """A split's rows of a folder with a file for each, whose name is the split's up to a "." or "_"."""
+    files = {name: [file for file in sorted(path.iterdir()) if re.split("[._]", file.name)[0] == name
+                    and file.suffix in FORMATS] for name in ("train", "val", "test")}
+    wanted = split if files[split] or split != "val" else "train"
+    if len(files[wanted]) != 1:
+        found = " and ".join(file.name for file in files[wanted]) or "none"
+        raise ValueError(f"{path} must hold one file of {wanted} prompts, {wanted}.txt, say: there is {found}")
+    rows = prompts(files[wanted][0], split)
+    if files["val"] or split == "test":
+        return rows
+    if len(rows) < 2:
+        raise ValueError(f"{files['train'][0]}: one prompt, of which none can be held out for validation: add val.txt")
+    return rows[::20] if split == "val" else [row for i, row in enumerate(rows) if i % 20]
 
 
 def _rows(suffix, text):

@@ -47,7 +47,7 @@ class Config:
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
-    prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr, or a .txt, .jsonl, .json or .csv file
+    prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # network evaluations of a rollout                         [paper, Sec. 3.2]

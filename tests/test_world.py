@@ -137,6 +137,30 @@ def test_prompts_from_files(tmp_path):
         assert got == data.prompts(tmp_path / name, "test")
 
 
+def test_prompts_from_a_folder(tmp_path):
+    """A file a split, by Flow-GRPO's names; validation prompts without a file of their own are held out of training."""
+    rows = [json.dumps({"prompt": f"{i}", "tag": "x"}) for i in range(50)]
+    (tmp_path / "train_metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "test.txt").write_text("a dog\n")
+    (tmp_path / "notes.md").write_text("none of these")
+
+    def words(split):
+        return [row["prompt"] for row in data.prompts(str(tmp_path), split)]
+    assert words("val") == ["0", "20", "40"] and words("test") == ["a dog"]
+    assert words("train") == [f"{i}" for i in range(50) if i % 20] and data.prompts(tmp_path, "train")[0]["tag"] == "x"
+    (tmp_path / "val.json").write_text('["a cat"]')
+    assert words("val") == ["a cat"] and len(words("train")) == 50
+    (tmp_path / "train.csv").write_text("prompt\nx\n")
+    with pytest.raises(ValueError, match="one file of train prompts.* train.csv and train_metadata.jsonl$"):
+        words("train")
+    for name in ("train_metadata.jsonl", "val.json", "test.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="one prompt, of which none can be held out for validation: add val.txt"):
+        words("val")
+    with pytest.raises(ValueError, match="one file of test prompts, test.txt, say: there is none"):
+        words("test")
+
+
 def test_hpdv2(tmp_path):
     """Its files as its authors describe them: a list of pairs, lists of prompts. The missing one names its command."""
     pair = {"human_preference": [1, 0], "prompt": "a cat", "file_path": ["1.jpg", "2.jpg"], "user_hash": "x"}
