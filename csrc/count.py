@@ -120,14 +120,15 @@ def patch():
     rewards.load = lambda *_, **settings: lambda images, prompts, metas: images.mean((1, 2, 3))
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """Scaled dot-product attention by the kernel that a GPU would take: a CPU's keep all of softmax's weights."""
-    if attn_mask is None and q.element_size() == 2 and q.shape[-1] <= 256:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    args, kernels = (query, key, value), torch.ops.aten
+    if attn_mask is None and query.element_size() == 2 and query.shape[-1] <= 256:
+        return kernels._scaled_dot_product_flash_attention(*args, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return kernels._scaled_dot_product_efficient_attention(*args, attn_mask, torch.is_grad_enabled(), dropout_p,
+                                                           is_causal, scale=scale)[0]
 
 
 def count(words):
