@@ -84,26 +84,22 @@ def test_attention_counts_as_a_gpus():
     assert few == 7 * 2 * 2 * 4 * 1024 ** 2 * 64                       # 2 products forward, 5 backward
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd3")
-    pipelines.save("sd3", folder)
-    return folder
-
-
 SMALL = ("--group-size", 4, "--micro-batch", 4, "--lora-rank", 4, "--sample-steps", 2, "--resolution", 32,
          "--text-length", 8, "--dtype", "bfloat16")
 
 
-def test_a_run_of_ours_and_on_diffusers(folder):
+@pytest.mark.parametrize("family, peers", (("sd3", bench.PEERS), ("flux", bench.PEERS[:1]), ("sd14", bench.PEERS[:1])))
+def test_a_run_of_ours_and_on_diffusers(family, peers, tmp_path):
     """The same operations, but for a LoRA that is merged in rollouts; memory that its parts add up to."""
-    rows = count.table([("dgpo", str(folder), 80, bench.PEERS)], SMALL)
-    assert [row["network"] for row in rows] == ["ours", *bench.PEERS]
-    ours, lean, released = rows
-    for row in rows:
+    pipelines.save(family, tmp_path)
+    ours, *theirs = count.table([("dgpo", str(tmp_path), 80, peers)], SMALL)
+    assert [row["network"] for row in (ours, *theirs)] == ["ours", *peers]
+    for row in (ours, *theirs):
         assert row["held"] < row["update"][0] < 1 and row["held"] < row["rollout"][0] < 1 and "error" not in row
         assert row["update"][1] == pytest.approx(ours["update"][1], rel=.02) and row["update"][1] > 0
-    assert ours["held"] <= lean["held"] * 1.01 < released["held"]
+    assert ours["held"] <= theirs[0]["held"] * 1.01
+    if len(theirs) > 1:
+        assert theirs[0]["held"] * 1.01 < theirs[1]["held"]            # weights in float32
 
 
 def test_a_plan_fits():
