@@ -1,6 +1,6 @@
 """Counts what a training step holds in a GPU's memory, and computes, without a GPU: full-size networks, no numbers.
 
-    python csrc/count.py                # the runs of csrc/bench.py model, also by diffusers and peft; of one: count.py sd35m
+    python csrc/count.py                # csrc/bench.py model's runs, also by diffusers and peft; count.py sd35m: one
     python csrc/count.py ours dgpo --model sd35m --init random --gpu-memory 24 --lora-rank 64 ...      # csrc/peer.py's
 
 PyTorch's fake tensors have a shape and a dtype and no values. The script, autograd and the optimizer run on them as
