@@ -2205,8 +2205,8 @@ def fisher(policy, steps, images, params, v, run):
         return largest_eigenvalue(product, v), (run.sum(square) / run.world).item()
 
 
-MEMORY = {      # family -> GB of one GPU -> images at once in a LoRA's training at 512 px: with gradient checkpointing and
-    "sd3": {24: (24, 0), 48: (48, 16), 80: (48, 24), 141: (96, 48)},                 # without, 0 where too few would fit
+MEMORY = {      # family -> GB of one GPU -> images at once, a LoRA at 512 px: with gradient checkpointing; without, 0: too
+    "sd3": {24: (24, 0), 48: (48, 16), 80: (48, 24), 141: (96, 48)},                                   # few would fit
     "flux": {48: (12, 0), 80: (24, 0), 141: (48, 8)},
     "sd14": {24: (16, 16), 48: (32, 32), 80: (64, 64), 141: (96, 96)},
     "uvit": {24: (96, 16), 48: (96, 32), 80: (96, 48), 141: (192, 96)}}
@@ -2216,11 +2216,12 @@ PUBLIC = {"sd3": 2_243_171_520, "flux": 11_901_408_320, "sd14": 859_520_964, "uv
 def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parameters=None):
     """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
 
-    For a LoRA at 512 px; guided, with gradients through both of guidance's passes, half as many; full fine-tuning (lora_rank 0) a
-    quarter, always with checkpointing, which costs a forward pass of every update. parameters: the network's, None for
-    the family's public one; a larger one (SD3.5 Large) has fewer images: each takes more, in proportion, of what its
-    weights leave. By csrc/count.py a step's tensors take at most 0.79 of the GPU, on 48 GB 0.84 in rollouts of a FLUX
-    whose LoRA is merged; rewards, CUDA and what the allocator loses have the rest. Raises ValueError with what would fit.
+    For a LoRA at 512 px; guided, with gradients through both of guidance's passes, half as many images; full
+    fine-tuning (lora_rank 0) a quarter, always with checkpointing, which costs a forward pass of every update.
+    parameters: the network's, None for the family's public one; a larger one (SD3.5 Large) has fewer images: each
+    takes more, in proportion, of what its weights leave. By csrc/count.py a step's tensors take at most 0.79 of the
+    GPU (0.84 in rollouts of FLUX on 48 GB with the LoRA merged); rewards, CUDA and what the allocator loses have the
+    rest. Raises ValueError with what would fit.
     """
     plans, public = MEMORY.get(family, {}), PUBLIC.get(family)
     parameters = parameters or public
