@@ -2205,8 +2205,8 @@ def fisher(policy, steps, images, params, v, run):
         return largest_eigenvalue(product, v), (run.sum(square) / run.world).item()
 
 
-MEMORY = {      # family -> GB of one GPU -> images at once, a LoRA at 512 px: with gradient checkpointing; without, 0: too
-    "sd3": {24: (24, 0), 48: (48, 16), 80: (48, 24), 141: (96, 48)},                                   # few would fit
+MEMORY = {      # family -> GB of one GPU -> images at once, a LoRA at 512 px: with gradient checkpointing; without (0:
+    "sd3": {24: (24, 0), 48: (48, 16), 80: (48, 24), 141: (96, 48)},                             # too few would fit)
     "flux": {48: (12, 0), 80: (24, 0), 141: (48, 8)},
     "sd14": {24: (16, 16), 48: (32, 32), 80: (64, 64), 141: (96, 96)},
     "uvit": {24: (96, 16), 48: (96, 32), 80: (96, 48), 141: (192, 96)}}
