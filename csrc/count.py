@@ -1,7 +1,7 @@
 """Counts what a training step holds in a GPU's memory, and computes, without a GPU: full-size networks, no numbers.
 
     python csrc/count.py                # csrc/bench.py model's runs, also by diffusers and peft; count.py sd35m: one
-    python csrc/count.py ours dgpo --model sd35m --init random --gpu-memory 24 --lora-rank 64 ...      # csrc/peer.py's
+    python csrc/count.py ours dgpo --model sd35m --gpu-memory 24 --groups 1        # any: the words are csrc/peer.py's
 
 PyTorch's fake tensors have a shape and a dtype and no values. The script, autograd and the optimizer run on them as
 they are; what the loop reads from a tensor is made up, and what needs values is left out. Every tensor's storage counts
@@ -10,6 +10,7 @@ FlashAttention, or, where that cannot be, as the memory-efficient kernel. Not co
 the workspaces of cuDNN and cuBLAS; what the allocator loses between blocks; the reward's networks; text encoders, whose
 features are cached before training starts. PFLOP: 1e15 operations of matrix products, attention and convolutions.
 """
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -158,7 +159,7 @@ def count(words):
     patch()
     torch.nn.Module.to, data.Run.lap, data.Run.log = moved, counted, logged
     F.scaled_dot_product_attention = models.attend = attention
-    with FakeTensorMode(allow_non_fake_inputs=True), meter:
+    with contextlib.redirect_stdout(sys.stderr), FakeTensorMode(allow_non_fake_inputs=True), meter:
         peer.main([*words, "--no-fused", "--no-overlap"])
     return {name: kept[name] for name in ("held", "rollout", "update")}
 
@@ -192,9 +193,14 @@ def table(runs, extra=()):
     return rows
 
 
+SHORT = "--init random --steps 2 --eval-every 0 --eval-images 1 --val-images 1 --cfg-also 0 --eval-steps 1".split()
+
+
 def main(argv):
-    if argv[:1] and argv[0] in ("ours", *bench.PEERS):
-        print(json.dumps(count(argv)))
+    if len(argv) > 1 and argv[0] in ("ours", *bench.PEERS):
+        first = 2 + (len(argv) > 2 and not argv[2].startswith("-"))    # proxt2i's stage
+        with tempfile.TemporaryDirectory() as out:
+            print(json.dumps(count([*argv[:first], *SHORT, "--out", out, *argv[first:]])))
         return 0
     names = {run[1] for run in bench.MODEL_RUNS}
     if set(argv) - names:
