@@ -122,7 +122,8 @@ def table(race, runs):
     text = [f"{', '.join(filter(None, race))}; target {target:.3f}", "",
             "| run | settings | seeds | strict, before | after | proxy, before | after | seconds to target "
             "| passes to target | speed-up |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for (method, variant), seeds in runs.items():
+    methods = list(dict.fromkeys(method for method, _ in runs))           # a method's variants below it
+    for (method, variant), seeds in sorted(runs.items(), key=lambda run: methods.index(run[0][0])):
         cells = [method if variant == "base" else f"{method}, {variant}",
                  next(iter(seeds.values()))[0]["settings"] or "defaults", f"{len(seeds)}"]
         tests = [[row for row in rows if row["split"] == "test"] for rows in seeds.values()]
