@@ -579,7 +579,7 @@ def test_an_original_file_is_the_same_pipeline(family, vae, folder, saved, copy)
     assert models.family(str(directory), directory / ORIGINALS[family]) == family
     cfg = data.cli(dgpo.Config, dgpo.PRESETS, ["--preset", "official", "--model", str(directory), "--gpu-memory", "80",
                                                "--weights", str(directory / ORIGINALS[family])])
-    assert cfg.lora_rank == 64 and cfg.micro_batch == models.MEMORY[family][80][0]
+    assert cfg.lora_rank == 64 and cfg.micro_batch == models.memory_plan(family, 80, 64)["micro_batch"]
 
 
 @pytest.mark.parametrize("family", ORIGINALS)
