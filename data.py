@@ -1179,7 +1179,7 @@ def curate(args):
 # What comes out of a run: ranks, seeds, command line, metrics, pictures, checkpoints
 # =====================================================================================================================
 # Everything random in a run is a function of whole numbers that are written down: (seed, step, group). Groups are
-# counted over all processes: 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
+# counted over all processes: in RL 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
 
 def mix(*key):
     """One seed from several whole numbers, such as (seed, step, group); different keys give unrelated seeds."""
@@ -1442,7 +1442,7 @@ class Run:
 
     def __init__(self, cfg, method):
         self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
-        self.stopping, self.constant, self.norms = False, False, []
+        self.method, self.stopping, self.constant, self.norms, self.skipped = method, False, False, [], False
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
         self.shards = None                                            # name of the last checkpoint's
@@ -1523,6 +1523,12 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
+    def bar(self, name="", **options):
+        """The progress bar of a training loop, on the first process; without an end where --minutes is what ends it."""
+        total = self.cfg.steps if self.cfg.steps < 100000 or self.cfg.minutes >= 1e6 else None
+        return tqdm(initial=self.count["step"], total=total, disable=self.rank > 0, desc=name or self.method,
+                    unit="step", dynamic_ncols=True, **options)
+
     def done(self):
         """Is it time to end: all steps, the minutes used up, or a signal? The same answer on every process."""
         over = self.count["step"] >= self.cfg.steps or time.time() - self.start > 60 * self.cfg.minutes or self.stopping
@@ -1560,7 +1566,8 @@ class Run:
         """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
 
         A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
-        said and counted. A spike counts as the limit in that median, so that a lasting rise is let through in the end.
+        said, counted, and told by `skipped`. A spike counts as the limit in that median, so that a lasting rise is let
+        through in the end.
         """
         import models
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
@@ -1572,7 +1579,8 @@ class Run:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(models.local(grads))))
         norm = (self.sum(norm.square()).sqrt() if sharded else norm).item()
         limit = skip_above * statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
-        if not math.isfinite(norm) or norm > limit:
+        self.skipped = not math.isfinite(norm) or norm > limit
+        if self.skipped:
             self.count["skipped"] += 1
             self.say(f"update {self.count['updates']} skipped: gradient norm {norm:.3g}, limit {limit:.3g}")
         else:

@@ -24,7 +24,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import models
@@ -292,7 +291,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
-    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS;
+                  its code takes -mean (x_next - mean)^2 for logp: a clip range of its means another thing here
     Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
     """
     dt = t_next - t
@@ -525,8 +525,7 @@ def train(cfg):
     if not run.state:
         data.log_start(sample, pipe, val, judges, cfg, run)
 
-    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
-               desc="dgpo", unit="step", dynamic_ncols=True)
+    bar = run.bar()
     while not run.done():
         step = run.count["step"]
         # 1. Roll out with theta-. A group never spans two processes.

@@ -7,7 +7,7 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
     (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
-    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2)                                                              kl_loss
+    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
 
 Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code
 lacks the dt of the true Gaussian KL (--kl-form names the three in use).
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 import data
 import models
@@ -115,6 +114,8 @@ class Config:
             raise ValueError(f"--method dance has no KL: --kl-beta {self.kl_beta} is Flow-GRPO's, --method flow")
         if self.sde == "cps" and self.sample_steps == 1:
             raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
+        if self.sde == "cps" and self.noise_level > 1:
+            raise ValueError(f"--noise-level {self.noise_level}: --sde cps takes 0 to 1, at which all noise is new")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
@@ -253,7 +254,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
-    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS;
+                  its code takes -mean (x_next - mean)^2 for logp: a clip range of its means another thing here
     Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
     """
     dt = t_next - t
@@ -420,8 +422,7 @@ def train(cfg):
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
-    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
-               desc="grpo", unit="step", dynamic_ncols=True)
+    bar = run.bar()
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
@@ -457,8 +458,8 @@ def train(cfg):
                                        for s in chunks for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         for update in range(cfg.updates):
-            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
-            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
+                    if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
             most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
             for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
                 share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))

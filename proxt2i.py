@@ -27,7 +27,7 @@ length; log-probs and KL are means over the latent's dimensions; DPM-Solver is t
 chain's last step is its mean, as the proximal chain's last adds no noise either.
 
     python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
-    python proxt2i.py train --method prox --out OUT     # proximal matching (or noise prediction: --method score)
+    python proxt2i.py train --method prox --out OUT     # proximal matching (or a score model: --method score)
     python proxt2i.py rl | sample | compare | finetune  # the other stages; all flags: --help
 """
 import math
@@ -55,7 +55,7 @@ class Config:
     weights: str = ""                   # its directory, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     stage: str = "rl"                   # compare, rl, train, finetune, sample: the first word of the command line
-    method: str = "prox"                # prox, or score: noise prediction, sampled by Euler-Maruyama in rl
+    method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
     preset: str = ""                    # tiny, paper
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
@@ -66,32 +66,33 @@ class Config:
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
-    sample_steps: int = 10              # N, steps of a rollout                                    [paper, Sec. 4.3]
+    sample_steps: int = 10              # N, steps of a rollout                                    [paper, App. C]
     eval_steps: int = 10                # the same for evaluation
-    sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: hybrid, dpm
+    sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: --scheme, dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # more models, a comma between: names or directories, prox or score
     compare_rewards: str = ""           # more rewards that `compare` reports, a comma between
     compare_cfg: str = ""               # guidance scales that `compare` also tries, with the default sampler  [Fig. 11]
     groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
-    group_size: int = 24                # G, images a prompt                                       [paper, Sec. 4.3]
+    group_size: int = 24                # G, images a prompt                                       [paper, App. C]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
     predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)         [paper: noise]
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
-    candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, Sec. 4.1]
-    zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, Sec. 4.1]
+    candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, App. C]
+    zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, App. C]
     zeta_start: float = 0.0             # zeta falls from here after the warm-up; 0: constant      [ProxDM: from 2 to 1]
     warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
     zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, the network's answer; or x
-    drop: float = 0.1                   # share of captions emptied                                [paper, Sec. 3.2]
+    drop: float = 0.1                   # share of captions emptied, beside those that have none   [paper, App. C]
     batch: int = 64                     # training images a step, over all processes               [paper: 2048]
     images: str = "shapes"              # training images: shapes, a folder, tar shards, or a folder of cached latents
+    cooldown: float = 0.2               # share of the steps, the last ones, in which the rate falls to 0    [paper: 0]
     optimizer: str = "muon"             # of training: muon (matrices; the rest AdamW), adamw
     updates: int = 4                    # optimizer steps a rollout, on disjoint groups
     train_steps: int = 3                # steps trained of each rollout, drawn anew; 0: all        [paper: all]
     train_last: int = 5                 # from the last so many before the image, 0: from all      [paper: all N - 1]
     clip_range: float = 2e-3            # c in Eq. (8)
-    kl_beta: float = 1e-3               # weight of the KL                                         [paper, Sec. 4.3]
+    kl_beta: float = 1e-3               # weight of the KL                                         [paper, App. C]
     hold: float = 1.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
@@ -103,8 +104,8 @@ class Config:
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
-    lr: float = 2e-4                    # AdamW; train and finetune have their own, TINY and PAPER
-    weight_decay: float = 1e-4          # AdamW
+    lr: float = 2e-4                    # AdamW's; train, finetune: their --optimizer's, in TINY and PAPER
+    weight_decay: float = 1e-4          # AdamW's; with Muon, that of the matrices alone
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once; rollouts take whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
@@ -120,7 +121,7 @@ class Config:
     eval_images: int = 600              # test images, before and after
     val_images: int = 240               # validation images, on the way
     save_every: int = 10                # steps between checkpoints
-    seed: int = 0                       # everything random is a function of (seed, step, group)
+    seed: int = 0                       # everything random is a function of (seed, step, group; in training: rank)
     out: str = ""                       # the run's folder; empty: a free runs/proxt2i-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
     fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
@@ -133,9 +134,9 @@ class Config:
             data.choose(name, getattr(self, name), options)
         for name in ("candidates", "compare_steps"):
             data.counts(name, getattr(self, name))
-        if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1:
+        if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.cooldown <= 1:
             raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
-                             f"{self.warmup}: between 0 and 1")
+                             f"{self.warmup} and --cooldown {self.cooldown}: between 0 and 1")
         if self.zeta <= 0 or self.clip_range <= 0 or self.batch < 1 or min(
                 self.zeta_start, self.kl_beta, self.hold) < 0:
             raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
@@ -169,9 +170,9 @@ LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="picksco
             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
             kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
             eval_images=1024, eval_every=50, micro_batch=24, overlap=True)
-MORE = LONG | dict(images="data/images", ema=0.9999, eval_every=5000, save_every=1000)
+MORE = LONG | dict(images="data/images", cooldown=0.0, ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
-         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}
+         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # its rates are constant
 
 
 def presets(stage):
@@ -455,10 +456,10 @@ def kernel(method, answer, state, k, n):
     return (1 + gamma_next / 2) * landed, math.sqrt(gamma_next)
 
 
-def hold_error(method, policy, ref, reference, x_0, n, eps):
+def hold_error(method, policy, reference, x_0, n, eps):
     """Eq. (10): what the weights have moved of the last landing of a chain of n steps, mean |f - f_ref|^2, ().
 
-    policy, ref: the callables of `answer_of`; reference: the context in which the network has the weights of ref;
+    policy: a callable of `answer_of`; reference: the context in which its network has the reference's weights;
     x_0, eps: (B, C, H, W). y as in training, Eq. (3), or for a score model X_{1/n}. n is any number of steps, not the
     rollout's alone: held at 10 only, the last landing of 4 steps drifts, and RL at 10 steps ruins 4.
     """
@@ -466,7 +467,7 @@ def hold_error(method, policy, ref, reference, x_0, n, eps):
     y = x_0 + math.sqrt(gamma) * eps if method == "prox" else math.sqrt(a) * x_0 + math.sqrt(1 - a) * eps
     landed, _ = kernel(method, policy, y, 1, n)
     with torch.no_grad(), reference:
-        landed_ref, _ = kernel(method, ref, y, 1, n)
+        landed_ref, _ = kernel(method, policy, y, 1, n)
     return (landed - landed_ref).square().mean()
 
 
@@ -542,8 +543,7 @@ def train(cfg):
     run.begin()
     run.restore(params, ema, opt, stream)
     null = pipe.encode_text([""])
-    bar = tqdm(initial=run.count["step"], total=cfg.steps, disable=run.rank > 0, desc=cfg.stage, unit="step",
-               mininterval=1, dynamic_ncols=True)
+    bar = run.bar(cfg.stage, mininterval=1)
     while not run.done():
         # 1. Images, some of their captions emptied
         step, share = run.count["step"], run.count["step"] / cfg.steps
@@ -583,7 +583,8 @@ def train(cfg):
             loss = matching_loss(cfg, share, pred, target[s], width[s]) * len(pred) / cfg.batch
             loss.backward()
             total = total + loss.detach()
-        rate = cfg.lr * min(1, (step + 1) / 200, 5 * (1 - share) + 5 / cfg.steps)          # warm up; a fifth to cool
+        fall = (1 - share + 1 / cfg.steps) / cfg.cooldown if cfg.cooldown else 1.0
+        rate = cfg.lr * min(1.0, (step + 1) / 200, fall)               # warms up, cools down
         grad_norm = run.update(opt, params, cfg.max_grad_norm, rate)
         if ema:
             models.move(ema, params, max(1 - cfg.ema, 1 / (step + 1)))
@@ -650,8 +651,7 @@ def train_rl(cfg):
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std
 
-    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
-               desc="proxt2i", unit="step", dynamic_ncols=True)
+    bar = run.bar()
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
@@ -682,8 +682,8 @@ def train_rl(cfg):
                                        for s in chunks for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
-            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
-            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
+                    if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
             m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
             most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
             for i in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
@@ -708,7 +708,7 @@ def train_rl(cfg):
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
                     eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * mine * cfg.group_size + j, "hold",
                                                   device=run.device, dtype=states.dtype) for j in few])
-                    held = hold_error(cfg.method, policy, policy, models.using(params, start), states[-1, few], m, eps)
+                    held = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
                     (cfg.hold * held * share).backward()
                     logs[-1] += held.detach() * share
             if not checked:                                            # and so must the update's own passes, in bf16

@@ -7,7 +7,7 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
     (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
-    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2)                                                              kl_loss
+    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
 SLAS, "Power Reinforcement Post-Training of Text-to-Image Models with Super-Linear Advantage Shaping", has its own [n]:
     (5) [9]  dr_i = r_i - mean_g r: to divide by std_g r, as (1) does, inflates what hardly differs  group_advantage
     (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
@@ -28,12 +28,10 @@ lacks the dt of the true Gaussian KL (--kl-form names the three in use).
     torchrun --nproc_per_node 2 slas.py                         # the same run on two processes
 """
 import math
-import statistics
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 import data
 import models
@@ -80,10 +78,10 @@ class Config:
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
     ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
-    gamma: str = "1"                    # in (6), 0 or more; auto: the largest that (7) allows     [ours: not published]
+    gamma: str = "1"                    # in (6), 0 or more; auto: the most that (7) allows, --adv-std before  [ours]
     kl_budget: float = 1.0              # delta in (7); the bound is far above the KL that is measured  [ours]
     fisher_every: int = 10              # rollouts between estimates of lambda_max and G2; 0: none, and no KL logged
-    fisher_images: int = 4              # images that these and the KL are measured on, at least one a process  [ours]
+    fisher_images: int = 4              # about so many images to measure these and the KL on, one a process or more
     recenter: bool = False              # (6) by the true maximiser, with lam                      [paper: without]
     adv_std: str = ""                   # the batch's std divides before (6), after, batch (both), none; empty: batch
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
@@ -126,14 +124,14 @@ class Config:
             data.choose(name, getattr(self, name), options)
         if not 0 <= self.ema < 1 or self.ema_every < 1:
             raise ValueError(f"--ema {self.ema}: 0 or more and less than 1; --ema-every {self.ema_every}: 1 or more")
-        if self.gamma != "auto" and not self.gamma.replace(".", "", 1).isdigit():
+        if self.gamma != "auto" and not self.gamma.replace(".", "", 1).isdecimal():
             raise ValueError(f"--gamma {self.gamma}: a number such as 0.5, 0 or more, or auto")
         if self.kl_budget <= 0 or self.fisher_every < 0 or self.fisher_images < 1:
             raise ValueError(f"--kl-budget {self.kl_budget} must be above 0, --fisher-every {self.fisher_every} 0 or "
                              f"more, --fisher-images {self.fisher_images} 1 or more")
         if self.fisher_every and (self.fsdp or self.compile):
             raise ValueError("--fsdp and --compile give no second derivatives: --fisher-every 0, and a --gamma by hand")
-        self.adv_std = self.adv_std or ("before" if self.gamma == "auto" else "batch")
+        self.adv_std = self.adv_std or ("before" if self.gamma == "auto" else "batch")       # as (7) bounds E|dr|
         if self.gamma == "auto" and (not self.fisher_every or self.adv_std != "before"):
             raise ValueError("--gamma auto wants --fisher-every above 0 and --adv-std before, or (7) holds no gamma")
         if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
@@ -143,6 +141,8 @@ class Config:
             raise ValueError(f"--method dance has no KL: --kl-beta {self.kl_beta} is Flow-GRPO's, --method flow")
         if self.sde == "cps" and self.sample_steps == 1:
             raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
+        if self.sde == "cps" and self.noise_level > 1:
+            raise ValueError(f"--noise-level {self.noise_level}: --sde cps takes 0 to 1, at which all noise is new")
         if self.groups % self.updates:
             raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
@@ -318,7 +318,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
-    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS
+    kind "cps":   std = t_next sin(a pi/2), mean = (1 - t_next) x_0hat + sqrt(t_next^2 - std^2) x_1hat.  Flow-CPS;
+                  its code takes -mean (x_next - mean)^2 for logp: a clip range of its means another thing here
     Returns x_next, logp (B,) in nats per latent dimension (None where std = 0: there is no density), mean, std.
     """
     dt = t_next - t
@@ -485,8 +486,7 @@ def train(cfg):
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
-    bar = tqdm(initial=run.count["step"], total=cfg.steps if cfg.steps < 100000 else None, disable=run.rank > 0,
-               desc="slas", unit="step", dynamic_ncols=True)
+    bar = run.bar()
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
@@ -526,7 +526,7 @@ def train(cfg):
             limit = 2 * cfg.kl_budget / (trust["eta"] ** 2 * trust["lambda_max"] * trust["g2"])
             trust["gamma"] = max_gamma(limit, slas_advantage(reward, cfg.group_size, 0.0, std="before"))       # Eq. (7)
         adv = slas_advantage(reward, cfg.group_size, trust["gamma"], cfg.recenter, cfg.adv_std)                # Eq. (6)
-        adv = adv.clamp(-cfg.adv_clip, cfg.adv_clip)
+        adv = adv.clamp(-cfg.adv_clip, cfg.adv_clip)                   # (6)'s tails, too: to a std of .88 at gamma 2
         spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
@@ -535,9 +535,10 @@ def train(cfg):
                 data.check_ratio(run, [rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
                                        for s in chunks for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
+        norms = []                                                     # gradient norms of the updates that are made
         for update in range(cfg.updates):
-            turn = [g for g in range(mine) if (run.rank * mine + g) % cfg.updates == update]      # this update's groups
-            turn = [g * cfg.group_size + j for g in turn for j in range(cfg.group_size)]   # and their images
+            turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
+                    if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
             most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
             for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
                 share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
@@ -558,17 +559,18 @@ def train(cfg):
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
+            norms += [] if run.skipped else [grad_norm]
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
-        if cfg.fisher_every and run.norms:                             # what these updates moved, and their bound
+        if cfg.fisher_every and any(norms):                            # what these updates moved, and their bound
             with torch.no_grad():
                 new = [policy(i) for i in trained]
                 with models.using(params, before):
                     old = [policy(i) for i in trained]
-            kl = sum(kl_loss(a[1], b[1], a[3], b[3], a[2], 0, "gaussian") for a, b in zip(new, old)) / len(trained)
+            kl = sum(kl_loss(m, was, v, w, std, 0, "gaussian") for (_, m, std, v), (_, was, _, w) in zip(new, old))
             moved = sum((p.detach() - q).square().sum() for p, q in zip(params, before)).sqrt().item()
-            trust["eta"] = moved / statistics.mean(run.norms[-cfg.updates:])
-            trust["kl"] = run.sum(kl).item() / run.world
+            trust["eta"] = moved * len(norms) / sum(norms)
+            trust["kl"] = run.sum(kl).item() / len(trained) / run.world
             trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * spread["square"]
         # 5. Report
         run.count["step"] += 1

@@ -210,7 +210,6 @@ def measured(script, name, gigabytes, how, extra=()):
     """One of model's runs: its images a second, seconds and memory, or None and an error, "" if it was not made."""
     if how != "ours" and not all(map(importlib.util.find_spec, ("diffusers", "peft"))):
         return dict(seconds=None, error="")
-    size = 12 if name == "flux" else 24
     with tempfile.TemporaryDirectory() as folder:
         done = start("peer.py", script, name, gigabytes, how, extra, folder)
         if done.returncode:
@@ -218,6 +217,7 @@ def measured(script, name, gigabytes, how, extra=()):
         held = re.search(r"^reserved ([\d.]+) GB$", done.stderr, re.M)
         taken, steps = ([json.loads(row) for row in (pathlib.Path(folder) / "out" / file).read_text().splitlines()][2]
                         for file in ("times.jsonl", "metrics.jsonl"))
+        size = steps["images"] / steps["step"]
         return dict(rollout=size / taken["rollout"], update=size / taken["update"], peak=steps.get("memory", 0.0),
                     reserved=float(held[1]) if held else 0.0,
                     seconds=sum(value for key, value in taken.items() if key != "step"))

@@ -197,6 +197,7 @@ def test_combinations(small, refused):
     refused(dgpo, [*small, "--grid", "--schedule", "dpm", "--t-min", ".9999"], "--grid", "--t-min 0.9999")
     refused(grpo, [*small, "--updates", "2", "--groups", "3"], "--groups 3", "--updates 2")
     refused(grpo, [*small, "--sde", "cps", "--sample-steps", "1", "--train-steps", "1"], "--sample-steps 1", "cps")
+    refused(grpo, [*small, "--sde", "cps", "--noise-level", "1.5"], "--noise-level 1.5", "cps")
     for flag in ("--ref", "--rollout", "--clip-old"):
         refused(dgpo, [*small, "--ema", "0", flag, "ema"], "--ema 0", flag)
 

@@ -311,12 +311,19 @@ def test_what_holds_the_last_landing(method, n):
     seen, shift = [], torch.tensor(.1, dtype=torch.float64, requires_grad=True)
     gamma = proxt2i.beta_integral(0.0, 1 / n)
 
-    def ref(y, t, lam=None):
+    @contextlib.contextmanager
+    def reference():                                                   # while it lasts, the policy has other weights
+        weights["by"] = 0
+        yield
+        weights["by"] = by
+
+    def policy(y, t, lam=None):
         seen.append((y, t, lam))
-        return y / 2
+        return y / 2 + weights["by"]
     by = shift if method == "prox" else shift / gamma                  # the score's step is gamma long
-    assert proxt2i.hold_error(method, ref, ref, contextlib.nullcontext(), x_0, n, eps) == 0
-    error = proxt2i.hold_error(method, lambda *at: ref(*at) + by, ref, contextlib.nullcontext(), x_0, n, eps)
+    weights = {"by": by}
+    assert proxt2i.hold_error(method, policy, contextlib.nullcontext(), x_0, n, eps) == 0
+    error = proxt2i.hold_error(method, policy, reference(), x_0, n, eps)
     error.backward()
     assert error.item() == pytest.approx(.01) and shift.grad.item() == pytest.approx(.2)
     y, t, lam = seen[-1]
@@ -397,7 +404,7 @@ def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkey
     """Not those of the rollout's own number of steps alone: a draw for every update; none with --hold 0."""
     monkeypatch.chdir(tmp_path)
     seen, honest = [], proxt2i.hold_error
-    monkeypatch.setattr(proxt2i, "hold_error", lambda *args: seen.append(args[5]) or honest(*args))
+    monkeypatch.setattr(proxt2i, "hold_error", lambda *args: seen.append(args[4]) or honest(*args))
     line = ["rl", "--model", fresh / "prox", "--steps", 4, "--groups", 2, "--group-size", 2, "--updates", 2,
             "--sample-steps", 3, "--candidates", "4,6,25", "--reward", f"{reward_file}:red", "--eval-reward",
             f"{reward_file}:red", *SMALL]

@@ -357,6 +357,24 @@ def test_two_steps_and_what_they_log(flags, random_model):
     assert "kl" not in other[1]["trust"] and other[1]["grad_norm"] != rows[1]["grad_norm"]
 
 
+def test_eta_is_of_the_updates_that_were_made(flags, monkeypatch):
+    """The second update meets a NaN, and so do the third rollout's both: what moved nothing is not in eta."""
+    honest, theta, norms = data.Run.update, [], []
+
+    def update(self, opt, params, *rest):
+        theta.append([p.detach().clone() for p in params])
+        if len(theta) in (2, 5, 6):
+            params[0].grad.fill_(math.nan)
+        norms.append(honest(self, opt, params, *rest))
+        return norms[-1]
+    monkeypatch.setattr(data.Run, "update", update)
+    _, rows, _ = run(slas, flags(groups=4, updates=2, fisher_every=1, steps=3))
+    moved = sum((p - q).square().sum() for p, q in zip(theta[2], theta[0])).sqrt().item()
+    assert rows[1]["trust"]["eta"] == pytest.approx(moved / norms[0], rel=1e-5)
+    assert [row["skipped"] for row in rows[1:4]] == [1, 1, 3]
+    assert rows[2]["trust"]["eta"] == rows[3]["trust"]["eta"] != rows[1]["trust"]["eta"]
+
+
 def test_the_papers_other_network(flags, tmp_path):
     """Stable Diffusion's UNet, DDIM's Gaussians, guidance in both passes: curvature and KL as for the flow models."""
     import pipelines
