@@ -22,13 +22,21 @@ using at::Tensor;
 
 inline void check_same(const char* name, const Tensor& a, const Tensor& b) {
     bool same = a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device();
-    TORCH_CHECK_VALUE(same, name, ": shapes, dtypes and devices must be equal, not ", a.toString(), a.sizes(), " on ",
-                      a.device(), " and ", b.toString(), b.sizes(), " on ", b.device(), ".");
+    TORCH_CHECK_VALUE(same && at::isFloatingType(a.scalar_type()), name, ": shapes, dtypes and devices must be equal, "
+                      "and floating point, not ", a.toString(), a.sizes(), " on ", a.device(), " and ", b.toString(),
+                      b.sizes(), " on ", b.device(), ".");
 }
 
 // Where sums and per-sample values live: float, double for double.
 inline at::TensorOptions wide(const Tensor& x) {
     return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+inline void check_values(const char* name, const Tensor& values, const Tensor& x) {
+    bool fits = values.sizes() == x.sizes().slice(0, 1) && values.dtype() == wide(x).dtype() &&
+                values.device() == x.device();
+    TORCH_CHECK_VALUE(fits, name, ": one value for each sample of ", x.toString(), x.sizes(), " on ", x.device(),
+                      " is needed, float or double, not ", values.toString(), values.sizes(), ".");
 }
 
 namespace cpu {

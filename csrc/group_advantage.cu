@@ -41,7 +41,8 @@ struct Spread {                                                            // of
     __device__ double std() const {
         auto add = [](double x, double y) { return x + y; };
         double n = block_reduce(count, add), mean = block_reduce(sum, add) / n;
-        return sqrt(max(block_reduce(squares, add) / n - mean * mean, 0.0));
+        double var = block_reduce(squares, add) / n - mean * mean;
+        return sqrt(var < 0 ? 0 : var);                                    // not max, which would make 0 of NaN
     }
 };
 

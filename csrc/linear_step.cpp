@@ -240,6 +240,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptTensor& cond, const
     auto logp = at::empty({scored ? p.rows : 0}, wide(in.v()));
     p.out = x_next && !mean ? nullptr : out.mutable_data_ptr();
     p.logp = scored ? logp.mutable_data_ptr() : nullptr;
+    TORCH_CHECK_VALUE(key.empty() || key.size() == 3, "linear_step: a key is (seed, step, image), not ", key, ".");
     if (!key.empty()) p.draw = true, p.key = {uint64_t(key[0]), uint32_t(key[1]), uint32_t(key[2])};
     run(in, p);
     return {out, logp};
@@ -252,6 +253,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const OptTensor& w, const OptTensor& x_next, double a, double b, double scale, double c, double std,
     at::IntArrayRef wanted) {
     Inputs in(x, cond, uncond, w, g_out, x_next);                          // g_out in the place of eps: x's like
+    TORCH_CHECK_VALUE(wanted.size() == 4, "linear_step_backward: wanted says yes or no to four gradients.");
+    TORCH_CHECK_VALUE(!g_logp || x_next, "linear_step_backward: g_logp wants x_next, which was scored.");
+    if (g_logp) check_values("linear_step_backward", *g_logp, in.v());
     auto p = in.step(a, b, scale, c, std);
     std::vector<Tensor> grads;
     for (int i = 0; i < 4; ++i) {

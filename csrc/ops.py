@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("prox_matching_loss", "cfg_combine", "linear_step", "group_advantage", "slas_advantage", "dgpo_loss")
@@ -34,6 +35,7 @@ CACHE = Path(os.environ.get("T2I_OPS_CACHE") or os.path.expanduser("~/.cache/t2i
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 lib = None                                                               # torch.ops.t2i once a library is loaded
+combine = None                                                           # its cfg_combine, straight to C++
 devices = ()                                                             # the device types that it was built for
 problem = ""                                                             # why a cached library could not be loaded
 wanted = True                                                            # False: the twins, whatever is built
@@ -70,10 +72,14 @@ def cfg_combine(uncond, cond, scale):
     uncond, cond: any shape, equal shapes, dtypes and devices (else ValueError); scale: float.
     Returns the same shape and dtype, contiguous. Differentiable in uncond and cond, any number of times.
     """
-    check_same("cfg_combine", uncond=uncond, cond=cond)
-    if compiled(uncond):
-        return call(lib.cfg_combine, uncond, cond, scale)
-    return cfg_combine_ref(uncond, cond, scale)
+    if not compiled(uncond):
+        check_same("cfg_combine", uncond=uncond, cond=cond)
+        return cfg_combine_ref(uncond, cond, scale)
+    try:
+        return (lib.cfg_combine if torch.compiler.is_compiling() else combine)(uncond, cond, scale)
+    except ValueError:
+        check_same("cfg_combine", uncond=uncond, cond=cond)              # says which is which
+        raise
 
 
 def cfg_combine_ref(uncond, cond, scale):
@@ -101,18 +107,23 @@ def linear_step(x, cond=None, a=1.0, b=0.0, std=0.0, uncond=None, scale=1.0, w=N
     for name, other in dict(w=w, eps=eps, x_next=x_next).items():
         if other is not None:
             check_same("linear_step", **{"x": x, name: other})
-    if uncond is not None:
+    if uncond is not None and cond is not None:
         check_same("linear_step", cond=cond, uncond=uncond)
     if cond is not None:
         half = x.dtype == torch.float32 and cond.dtype in (torch.bfloat16, torch.float16)
         check_same("linear_step", x=x, cond=cond, dtypes=not half)       # half is fine beside float32
+    if cond is None and uncond is not None:
+        raise ValueError("linear_step: uncond without cond is no guidance.")
+    if key is not None and len(key) != 3:
+        raise ValueError(f"linear_step: key={key}, it takes (seed, step, image).")
     given = sum(part is not None for part in (eps, key, x_next))
     if std < 0 or given > 1 or bool(std) > given:
         raise ValueError(f"linear_step: std={std} with {given} of eps, key and x_next: a step with noise takes one.")
     scale = 1.0 if uncond is None else scale                             # the backward pass multiplies by it
     if not compiled(x):
         return linear_step_ref(x, cond, a, b, std, uncond, scale, w, c, eps, key, x_next, mean)
-    out, logp = call(lib.linear_step, x, cond, uncond, w, eps, x_next, a, b, scale, c, std, key or (), mean)
+    key = ((key[0] + 2**63) % 2**64 - 2**63, *key[1:]) if key else ()    # the op's integers have a sign
+    out, logp = call(lib.linear_step, x, cond, uncond, w, eps, x_next, a, b, scale, c, std, key, mean)
     return out if x_next is None or mean else None, logp if std else None
 
 
@@ -122,7 +133,7 @@ def linear_step_ref(x, cond=None, a=1.0, b=0.0, std=0.0, uncond=None, scale=1.0,
     center = linear_mean(x, cond, uncond, w, a, b, scale, c)                         # (B, ...)
     if x_next is None:
         eps = noise(x.shape, *key, device=x.device) if key else eps
-        moved = (center + std * eps.to(wide) if std else center).to(x.dtype)
+        moved = (center + std * eps.detach().to(wide) if std else center).to(x.dtype)
     to = (moved if x_next is None else x_next).detach().to(wide)
     logp = -((to - center) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2 if std else None
     out = moved if x_next is None else center.to(x.dtype) if mean else None
@@ -230,13 +241,13 @@ def group_advantage(reward, group_size, std="group", clip=math.inf):
     Anything else raises ValueError.
     Returns (B,) float32, float64 for float64; a constant group gives exactly 0. A constant for autograd: no gradient.
     """
-    check_rewards("group_advantage", reward, group_size, std, STD)
+    check_rewards("group_advantage", reward, group_size, std, STD, clip)
     if compiled(reward):
         return call(lib.group_advantage, reward.detach(), group_size, STD.index(std), 0.0, False, False, clip)
     return group_advantage_ref(reward, group_size, std, clip)
 
 
-def check_rewards(op, reward, group_size, std, allowed):
+def check_rewards(op, reward, group_size, std, allowed, clip):
     if reward.dim() != 1 or reward.dtype not in DTYPES:
         raise ValueError(f"{op}: reward is {reward.dtype} {tuple(reward.shape)}, it takes floats (B,).")
     if group_size < 2:
@@ -245,6 +256,8 @@ def check_rewards(op, reward, group_size, std, allowed):
         raise ValueError(f"{op}: {len(reward)} rewards do not fill groups of group_size={group_size}.")
     if std not in allowed:
         raise ValueError(f"{op}: std={std!r}, it takes one of {', '.join(allowed)}.")
+    if not clip > 0:
+        raise ValueError(f"{op}: clip={clip}, it must be above 0.")
 
 
 def group_advantage_ref(reward, group_size, std="group", clip=math.inf):
@@ -273,7 +286,7 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch", clip=
     std: when the population std of the batch + 1e-4 divides: "before", dr; "after", the result; "batch", both; "none".
     Returns (B,) as group_advantage does. ValueError for anything else.
     """
-    check_rewards("slas_advantage", reward, group_size, std, SLAS_STD)
+    check_rewards("slas_advantage", reward, group_size, std, SLAS_STD, clip)
     if not gamma >= 0:
         raise ValueError(f"slas_advantage: gamma={gamma}, it must be 0 or more.")
     if not compiled(reward):
@@ -336,8 +349,9 @@ def check_same(op, dtypes=True, **tensors):
 # == Which one runs ==
 
 def compiled(x):
-    """Whether the compiled op takes a tensor like x."""
-    return lib is not None and wanted and x.device.type in devices
+    """Whether the compiled op takes a tensor like x. In torch.func's transforms and in forward mode the twins do it."""
+    return lib is not None and wanted and x.device.type in devices and (torch.compiler.is_compiling() or not (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()))
 
 
 def call(op, *args):
@@ -390,7 +404,7 @@ def find_nvcc():
 
 def load():
     """Loads what is cached for these sources and this PyTorch, if anything is. True: the compiled ops are there."""
-    global lib, devices, problem
+    global lib, combine, devices, problem
     for kind in ("cuda", "cpu") if torch.version.cuda else ("cpu",):
         path = library(kind)
         if lib is None and path.exists():
@@ -401,6 +415,7 @@ def load():
                 continue
             register(torch.ops.t2i)
             lib, devices = torch.ops.t2i, ("cpu", "cuda") if kind == "cuda" else ("cpu",)
+            combine = lib.cfg_combine.default._op
     return lib is not None
 
 
@@ -490,7 +505,7 @@ def run(jobs, verbose):
 
 
 def register(ops):
-    """Gives the compiled ops their shapes without data (for torch.compile) and their gradients."""
+    """Gives the compiled ops their shapes without data, for torch.compile, and their gradients, if not in C++."""
     def wide(x):
         return torch.promote_types(x.dtype, torch.float32)
 
@@ -541,18 +556,6 @@ def register(ops):
     def prox_second(ctx, grad):
         raise NotImplementedError("prox_matching_loss has no second derivative: take prox_matching_loss_ref for that.")
 
-    def cfg_setup(ctx, inputs, output):
-        ctx.scale = inputs[-1]
-
-    def cfg_backward(ctx, grad):
-        needs_uncond, needs_cond = ctx.needs_input_grad[:2]
-        if needs_uncond and needs_cond:
-            return *ops.cfg_combine_backward(grad, ctx.scale), None
-        return (grad * (1 - ctx.scale) if needs_uncond else None), (grad * ctx.scale if needs_cond else None), None
-
-    def cfg_second(ctx, grad_uncond, grad_cond):                         # the transpose of the split is the combination
-        return ops.cfg_combine(grad_uncond, grad_cond, ctx.scale), None
-
     def step_setup(ctx, inputs, output):
         x, cond, uncond, w, _, x_next, *ctx.coefficients = inputs[:11]
         ctx.set_materialize_grads(False)
@@ -578,8 +581,9 @@ def register(ops):
     def dgpo_backward(ctx, grad, _):
         dsm, dsm_ref, adv, weight = ctx.saved_tensors
         if torch.is_grad_enabled():                                      # create_graph
-            z = ctx.beta / ctx.group_size * (adv * (dsm - dsm_ref)).view(-1, ctx.group_size).sum(1)
-            weight = ctx.beta / len(dsm) * z.sigmoid().repeat_interleave(ctx.group_size) * adv
+            a, l, l_ref = (t.to(weight.dtype) for t in (adv, dsm, dsm_ref))
+            z = ctx.beta / ctx.group_size * (a * (l - l_ref)).view(-1, ctx.group_size).sum(1)
+            weight = ctx.beta / max(len(l), 1) * z.sigmoid().repeat_interleave(ctx.group_size) * a
         grad = (grad * weight).to(dsm.dtype)
         needs_dsm, needs_ref, *_ = ctx.needs_input_grad
         return (grad if needs_dsm else None), (-grad if needs_ref else None), None, None, None
@@ -588,8 +592,6 @@ def register(ops):
     torch.library.register_autograd("t2i::dgpo_loss", dgpo_backward, setup_context=dgpo_setup)
     torch.library.register_autograd("t2i::prox_matching_loss", prox_backward, setup_context=prox_setup)
     torch.library.register_autograd("t2i::prox_matching_loss_backward", prox_second)
-    torch.library.register_autograd("t2i::cfg_combine", cfg_backward, setup_context=cfg_setup)
-    torch.library.register_autograd("t2i::cfg_combine_backward", cfg_second, setup_context=cfg_setup)
 
 
 load()

@@ -46,6 +46,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& pred, const Tensor& target,
 
 Tensor backward_cpu(const Tensor& grad, const Tensor& pred, const Tensor& target, const Tensor& weight, double zeta) {
     check(pred, target);
+    check_values("prox_matching_loss_backward", grad, pred);
+    check_values("prox_matching_loss_backward", weight, pred);
     auto g = grad.contiguous(), p = pred.contiguous(), t = target.contiguous(), w = weight.contiguous();
     auto dp = at::empty(p.sizes(), p.options());
     int64_t rows = p.size(0), d = row_size(p);
@@ -81,6 +83,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& pred, const Tensor& target
 
 Tensor backward_cuda(const Tensor& grad, const Tensor& pred, const Tensor& target, const Tensor& weight, double zeta) {
     check(pred, target);
+    check_values("prox_matching_loss_backward", grad, pred);
+    check_values("prox_matching_loss_backward", weight, pred);
     c10::cuda::CUDAGuard guard(pred.device());
     auto g = grad.contiguous(), p = pred.contiguous(), t = target.contiguous(), w = weight.contiguous();
     auto dp = at::empty(p.sizes(), p.options());

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -116,7 +117,18 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};           // to nearest, ties to even
 }
 
-using std::exp, std::expm1, std::fabs, std::fma, std::log, std::log1p, std::max, std::min, std::pow, std::sqrt;
+using std::exp, std::expm1, std::fabs, std::fma, std::log, std::log1p, std::pow, std::sqrt;
+
+template <typename A, typename B> auto max(A a, B b) {                     // as CUDA's: of NaN and a number the number
+    using C = std::common_type_t<A, B>;
+    if constexpr (std::is_floating_point_v<C>) return std::fmax(C(a), C(b));
+    else return std::max(C(a), C(b));
+}
+template <typename A, typename B> auto min(A a, B b) {
+    using C = std::common_type_t<A, B>;
+    if constexpr (std::is_floating_point_v<C>) return std::fmin(C(a), C(b));
+    else return std::min(C(a), C(b));
+}
 
 #ifdef TORCH_EXTENSION                                                     // what the launchers want of c10/cuda
 #define C10_CUDA_CHECK(code) TORCH_CHECK((code) == cudaSuccess)

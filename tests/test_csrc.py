@@ -514,6 +514,8 @@ def test_bad_inputs_are_named(fused):
         (lambda: ops.group_advantage(torch.zeros(4).long(), 2), "torch.int64"),
         (lambda: ops.slas_advantage(torch.zeros(4), 2, 1.0, std="group"), "std='group'"),
         (lambda: ops.slas_advantage(torch.zeros(4), 2, -1.0), "gamma=-1.0"),
+        (lambda: ops.group_advantage(torch.zeros(4), 2, clip=-1.0), "clip=-1.0"),
+        (lambda: ops.slas_advantage(torch.zeros(4), 2, 1.0, clip=0.0), "clip=0.0"),
         (lambda: ops.dgpo_loss(torch.zeros(4), torch.zeros(4), torch.zeros(4), 3, 1.0), "group_size=3"),
         (lambda: ops.dgpo_loss(torch.zeros(4), torch.zeros(2), torch.zeros(4), 2, 1.0), "dsm and dsm_ref"),
         (lambda: ops.linear_step(x[0]), "(3,)"),
@@ -521,6 +523,8 @@ def test_bad_inputs_are_named(fused):
         (lambda: ops.linear_step(x, x.double()), "x and cond must have the same dtype"),
         (lambda: ops.linear_step(x, x.half(), uncond=x), "cond and uncond must have the same dtype"),
         (lambda: ops.linear_step(x, x, std=0.1, eps=x.half()), "x and eps must have the same dtype"),
+        (lambda: ops.linear_step(x, uncond=x), "uncond without cond"),
+        (lambda: ops.linear_step(x, x, std=0.1, key=(1, 2)), "key=(1, 2)"),
         (lambda: ops.linear_step(x, x, std=0.1), "std=0.1 with 0 of eps, key and x_next"),
         (lambda: ops.linear_step(x, x, std=0.1, eps=x, key=(1, 2, 3)), "std=0.1 with 2 of eps, key and x_next"),
     ]
@@ -533,7 +537,58 @@ def test_bad_inputs_are_named(fused):
         ops.use(True)
 
 
+def test_the_ops_own_doors_are_shut():
+    """What torch.ops.t2i is asked for directly: arguments that a kernel would misread are refused, not read."""
+    x, per_row, lib = torch.zeros(2, 3), torch.zeros(2), ops.lib
+    step, numbers = lib.linear_step_backward, (1.0, 1.0, 1.0, 0.0, 0.1)
+    for call in (lambda: step(None, per_row, x, x, None, None, None, *numbers, [1, 1, 0, 0]),
+                 lambda: step(None, per_row.half(), x, x, None, None, x, *numbers, [1, 1, 0, 0]),
+                 lambda: step(None, per_row[:1], x, x, None, None, x, *numbers, [1, 1, 0, 0]),
+                 lambda: step(x, None, x, x, None, None, x, *numbers, [1]),
+                 lambda: lib.linear_step(x, x, None, None, None, None, *numbers, (1, 2), False),
+                 lambda: lib.prox_matching_loss_backward(per_row[:1], x, x, per_row, 1.0),
+                 lambda: lib.prox_matching_loss_backward(per_row, x, x, per_row.double(), 1.0)):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_every_seed_of_64_bits():
+    x, keys = torch.zeros(2, 8), [(seed, 3, 5) for seed in (0, 2**63 - 1, 2**63, 2**64 - 1)]
+    drawn = [ops.linear_step(x, std=1.0, key=key)[0] for key in keys]
+    assert all(torch.equal(z, ops.noise(x.shape, *key)) for z, key in zip(drawn, keys))
+    assert not torch.equal(drawn[1], drawn[2])
+
+
 # == Autograd and torch.compile ==
+
+def test_transforms_take_the_twins():
+    """torch.func's, and forward mode: the compiled ops have gradients in backward mode alone."""
+    x, y = randn(4, 6), randn(4, 6, seed=1)
+    for f, twin in ((lambda x: ops.cfg_combine(x, y, 2.0), lambda x: ops.cfg_combine_ref(x, y, 2.0)),
+                    (lambda x: ops.linear_step(x, y, a=3.0)[0], lambda x: ops.linear_step_ref(x, y, a=3.0)[0]),
+                    (lambda x: ops.prox_matching_loss(x, y, 1.0), lambda x: ops.prox_matching_loss_ref(x, y, 1.0)),
+                    (lambda x: ops.dgpo_loss(x[0], y[0], y[1], 3, 1.0),
+                     lambda x: ops.dgpo_loss_ref(x[0], y[0], y[1], 3, 1.0))):
+        some = (torch.func.jvp(g, (x,), (torch.ones_like(x),)) for g in (f, twin))
+        torch.testing.assert_close(*some)
+        some = (torch.func.grad(lambda x: g(x).square().sum())(x) for g in (f, twin))
+        torch.testing.assert_close(*some)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            assert torch.autograd.forward_ad.unpack_dual(f(dual)).tangent is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dgpo_loss_with_create_graph(dtype):
+    """The gradient is that without it, in half precision, too; an empty batch has one."""
+    dsm, dsm_ref, adv = (randn(12, dtype=dtype, seed=i, grad=i == 0) for i in range(3))
+    (plain,), (graph,) = (torch.autograd.grad(ops.dgpo_loss(dsm, dsm_ref, adv, 4, 3.0), dsm, create_graph=create)
+                          for create in (False, True))
+    torch.testing.assert_close(graph, plain, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    empty = dsm[:0]
+    assert torch.autograd.grad(ops.dgpo_loss(empty, empty, empty, 4, 3.0), empty, create_graph=True)[0].shape == (0,)
+
+
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck(device):
