@@ -443,7 +443,7 @@ def _folder(path, split):
 
 
 def _rows(suffix, text):
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]         # not splitlines: U+2028 may be in a prompt
     if suffix == ".txt":
         return [line.strip() for line in lines]
     if suffix == ".jsonl":
@@ -1207,7 +1207,7 @@ def cli(config, presets, argv=None, defaults=None):
     import models
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(config).__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config):
         flag = "--" + field.name.replace("_", "-")
         help = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
@@ -1309,6 +1309,7 @@ def check_device(name, device):
 
 def check_common(cfg):
     """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
+    import models
     if not cfg.gold_reward and cfg.prompts == "shapes":                # the only prompts that it can check
         cfg.gold_reward = "shapes-strict"
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1335,8 +1336,10 @@ def check_common(cfg):
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
     choose("reward_dtype", cfg.reward_dtype, ("float32", "bfloat16"))
     choose("init", cfg.init, ("", "random"))
-    if cfg.fsdp and (cfg.lora_rank or "WORLD_SIZE" not in os.environ):
-        raise ValueError("--fsdp cuts all weights into shards, one a process: it wants --lora-rank 0 and torchrun")
+    alone = "WORLD_SIZE" not in os.environ and (cfg.init or models.locate(cfg.model, cfg.weights or None)[1].is_dir())
+    if cfg.fsdp and (cfg.lora_rank or alone):                         # no weights yet: models.load says how to get them
+        raise ValueError("--fsdp, which a preset may set, cuts all weights into shards, one a process: it wants "
+                         "--lora-rank 0 and torchrun")
     if cfg.fsdp and cfg.compile:
         raise ValueError("--fsdp and --compile together are untested: choose one of them")
 
@@ -1355,6 +1358,9 @@ def load_policy(cfg, run, fresh=False):
     else:
         pipe = models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None,
                            cfg.text_length or None)
+    if pipe.family == "uvit" and run.method != "proxt2i":
+        raise ValueError(f"--model {cfg.model}: a U-ViT is no flow model and no SD1: python proxt2i.py rl --model "
+                         f"{cfg.model}")
     net = pipe.net
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
     net.checkpointing = cfg.checkpointing
@@ -1454,7 +1460,8 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(name, self._stop)
-        self.say(f"python {' '.join(sys.argv)}\n{method} on {self.world} x {self.device.type}, out: {self.out}")
+        self.say(f"python {' '.join(sys.argv)}\n{method}, preset {cfg.preset}, on {self.world} x {self.device.type}, "
+                 f"out: {self.out}")
 
     def _stop(self, *_):
         if self.stopping and time.time() - self.stopping < 1:         # torchrun passes on what the terminal sent, too
@@ -1511,6 +1518,9 @@ class Run:
                 settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
                 write_atomic(self.out / "config.json", settings.encode())
             with open(self.out / "metrics.jsonl", "ab") as f:
+                if self.state and f.tell() < self.state["written"]:
+                    raise ValueError(f"{self.out / 'metrics.jsonl'} lacks rows from before the checkpoint: bring the "
+                                     f"file back, or choose another --out")
                 f.truncate(self.state["written"] if self.state else 0)
             times, kept = self.out / "times.jsonl", {}
             for row in times.read_text().splitlines() if times.exists() else []:
@@ -2201,13 +2211,18 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
             "".join(f"\n{tag or 'all':>16} {tags['before'][tag]:>8.3f} {tags['after'][tag]:>8.3f}"
                     for tag in tags["after"]) +
             f"\npictures: {run.out / 'samples' / 'before_after.png'}")
-    if run.rank == 0:
-        print(json.dumps({"method": cfg.method, "model": cfg.model, **{k: round(v, 4) for k, v in row.items()},
-                          "steps": run.count["step"], "images": run.count["images"], "seconds": round(seconds, 1),
-                          "out": str(run.out)}), flush=True)
+    last_line(run, {key: round(value, 4) for key, value in row.items()}, seconds)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def last_line(run, row, seconds):
+    """The JSON object that ends what a script prints."""
+    if run.rank == 0:
+        cfg, count = run.cfg, run.count
+        print(json.dumps({"method": cfg.method, "model": cfg.model, **row, "steps": count["step"],
+                          "images": count["images"], "seconds": round(seconds, 1), "out": str(run.out)}), flush=True)
 
 
 def comparison(run, table, steps):
@@ -2231,7 +2246,7 @@ def comparison(run, table, steps):
 # =====================================================================================================================
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     world = commands.add_parser("world", help="write a contact sheet of the tiny world")
     world.add_argument("--out", default="world.png")

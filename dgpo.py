@@ -191,8 +191,10 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     """Direct group preference loss, Eq. (4): z_g = beta/G sum_i A_i (l_i - l_ref,i), L = mean_g -log sigmoid(-z_g).
 
     dsm, dsm_ref: (B,) float32, the mean over dimensions, groups contiguous; adv: (B,), positive for G+, so that A_i is
-    w_i with its sign. Returns the loss (). Source: DGPO, Eq. 17.
+    w_i with its sign. Returns the loss (). Raises ValueError for shapes that do not fit. Source: DGPO, Eq. 17.
     """
+    if not dsm.shape == dsm_ref.shape == adv.shape or len(dsm) % group_size:
+        raise ValueError(f"dgpo_loss: {len(dsm)}, {len(dsm_ref)}, {len(adv)} values do not fill groups of {group_size}")
     if ops.compiled(dsm):
         return ops.dgpo_loss(dsm, dsm_ref, adv, group_size, beta)
     z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)

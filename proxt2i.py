@@ -33,6 +33,7 @@ chain's last step is its mean, as the proximal chain's last adds no noise either
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -764,6 +765,7 @@ def sample_stage(cfg):
     run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
             f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
     run.log(row)
+    data.last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None}, time.time() - run.start)
 
 
 def warn_of_steps(cfg, run, pipe, flag, steps):
@@ -815,7 +817,20 @@ def compare(cfg):
     if run.rank == 0:
         data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
     run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
-    return run.out
+    data.last_line(run, {"eval_before": None, "eval_after": None}, time.time() - run.start)
+
+
+def quick_start(cfg):
+    """Compare, then a short RL run. Typed again after a kill, with --out, it does not compare what it has compared."""
+    rewards.load(cfg.reward)                                           # refused now, not once all is compared
+    out = f"{cfg.out}-compare" if cfg.out else ""
+    if cfg.out and (Path(cfg.out) / "config.json").exists():
+        raise ValueError(f"{cfg.out} already holds a run: continue it by --resume, or choose another --out")
+    if not (out and (Path(out) / "compare.csv").exists()):
+        steps = "4,10" if cfg.compare_steps == Config.compare_steps else cfg.compare_steps
+        compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps=steps, stage="compare", out=out,
+                        resume=bool(out) and (Path(out) / "config.json").exists()))
+    train_rl(cfg)
 
 
 def main(argv=None):
@@ -824,9 +839,8 @@ def main(argv=None):
     with data.exit_codes():
         data.choose("stage", stage, ("", *STAGES))
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
-        if not stage and not cfg.resume:                               # the quick start: both, one after the other
-            compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps="4,10", stage="compare",
-                            out=f"{cfg.out}-compare" if cfg.out else ""))
+        if not stage and not cfg.resume:
+            return quick_start(cfg)
         {"rl": train_rl, "train": train, "finetune": train, "sample": sample_stage, "compare": compare}[cfg.stage](cfg)
 
 

@@ -195,9 +195,9 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
     reward, group_size: as in group_advantage; gamma >= 0. std says when the batch's std divides: "before", dr; "after",
     A; "batch", both: A has std 1 for every gamma, and only the 1e-4 tells it from "after"; "none". Returns (B,).
     """
-    before, after = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}[std]
     if ops.compiled(reward):
         return ops.slas_advantage(reward, group_size, gamma, recenter, std)
+    before, after = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}[std]
     valid, dr = ~reward.isnan(), group_advantage(reward, group_size, "none")               # (B,), (B,)  Eq. (5)
     dr = dr / (dr[valid].std(correction=0) + 1e-4) if before else dr
     weight, lam = dr.abs().pow(gamma) * valid, 0                       # |dr|^gamma, 1 over the metric [17]
@@ -205,7 +205,7 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
         w, d = weight.view(-1, group_size), dr.view(-1, group_size)
         lam = ((w * d).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp(min=1e-30)).expand_as(d).flatten()
     adv = weight * (dr - lam)
-    return adv / (adv[valid].std(correction=0) + 1e-4) if after else adv
+    return (adv / (adv[valid].std(correction=0) + 1e-4) if after else adv).where(valid, 0)
 
 
 def max_gamma(limit, dr=None, R=None, K=None, most=4.0):

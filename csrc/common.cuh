@@ -26,7 +26,7 @@ cudaError_t linear_step_cuda(Dtype x, Dtype v, const LinearStep&, void* partial,
 cudaError_t linear_step_backward_cuda(Dtype x, Dtype v, const LinearStep&, const LinearStepGrads&,
                                       cudaStream_t stream);
 
-constexpr int64_t kChunk = 8192;                       // elements that one block handles; a row is cut at its multiples
+constexpr int64_t kChunk = 2048;                       // elements that one block handles; a row is cut at its multiples
 inline int64_t chunks(int64_t n) { return n > kChunk ? (n + kChunk - 1) / kChunk : 1; }
 
 #ifdef __CUDACC__

@@ -184,6 +184,9 @@ def test_unknown_flags(module, small, refused):
     refused(module, [*small, "--group-sise", "4"], "--group-sise", "--help")
     refused(module, [*small, "stray"], "stray")
     refused(module, [*small, "--seed"], "--seed")
+    refused(module, [*small, "--minute", "1"], "--minute")             # no abbreviations
+    refused(module, ["--model", "tiny-prox", *small[2:]], "tiny-prox", "proxt2i.py rl")
+    assert not Path("out").exists()
 
 
 @BOTH

@@ -312,6 +312,9 @@ def test_resume_goes_on_with_more_steps(module, flags):
     assert seconds == sorted(seconds)
     times = [json.loads(line) for line in Path("parts/times.jsonl").read_text().splitlines()]
     assert [row["step"] for row in times] == [0, 1, 2, 3, 4, 4] and all("update" in row for row in times[1:5])
+    Path("parts/metrics.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        run(module, flags(out="parts", steps=5) + ["--resume"])
 
 
 @BOTH

@@ -467,6 +467,32 @@ def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path
     assert float(lines[4][1]) < .1 < float(lines[5][1])                # untrained, and trained
 
 
+def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """Both stages; a bad reward is refused before either, and what has been compared is not compared again."""
+    monkeypatch.chdir(tmp_path)
+    line = ["--model", fresh / "prox", "--compare-with", fresh / "score", "--compare-steps", "4", "--steps", 1,
+            "--groups", 2, "--group-size", 2, "--updates", 1, "--out", "out", *SMALL]
+    honest, seen = proxt2i.compare, []
+    monkeypatch.setattr(proxt2i, "compare", lambda cfg: seen.append(cfg.resume) or honest(cfg))
+    with pytest.raises(SystemExit):
+        run([*line, "--reward", "nope"], capsys)
+    assert not seen and not Path("out-compare").exists()
+    line += ["--reward", f"{reward_file}:red"]
+    monkeypatch.setattr(data, "comparison", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(line, capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(proxt2i, "compare", lambda cfg: seen.append(cfg.resume) or honest(cfg))
+    monkeypatch.setattr(proxt2i, "train_rl", lambda cfg: None)         # killed between the two
+    proxt2i.main(list(map(str, line)))
+    assert Path("out-compare/compare.csv").exists() and not Path("out").exists()
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["out"] == "out-compare" and last["eval_after"] is None
+    proxt2i.main(list(map(str, line)))
+    assert seen == [False, True]
+
+
 def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     """One row of pictures for each evaluation, the first before training: the strip is all of them under one header."""
     monkeypatch.chdir(tmp_path)

@@ -127,9 +127,11 @@ def test_world_batch_is_indexable_and_its_captions_are_noisy_by_task():
 
 def test_prompts_from_files(tmp_path):
     assert data.prompts("shapes", "val") == data.world_prompts("val")
-    rows = [{"prompt": "a dog"}, {"prompt": "two\u00e9 cats, and a bird"}]
-    files = {"a.txt": "a dog\n\n  two\u00e9 cats, and a bird\n", "a.jsonl": "\n".join(map(json.dumps, rows)),
-             "a.json": json.dumps(["a dog", rows[1]]), "a.csv": 'id,prompt\n1,a dog\n2,"two\u00e9 cats, and a bird"\n'}
+    rows = [{"prompt": "a\u2028dog"}, {"prompt": "two\u00e9 cats, and a bird"}]      # a line separator is no new line
+    files = {"a.txt": "a\u2028dog\n\n  two\u00e9 cats, and a bird\n",
+             "a.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+             "a.json": json.dumps(["a\u2028dog", rows[1]]),
+             "a.csv": 'id,prompt\n1,a\u2028dog\n2,"two\u00e9 cats, and a bird"\n'}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         got = data.prompts(str(tmp_path / name), "train")
