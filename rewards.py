@@ -17,7 +17,7 @@ makes one from a name, a weighted sum of names, or a function of yours.
     Command line   scores a folder of images, GenEval's too, or runs a benchmark
 
     python rewards.py --reward shapes --images DIR              # DIR/prompts.jsonl says what each file should show
-    python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR
+    python rewards.py --reward hpsv2:0.7,clip-dfn:1.4 --images DIR       # here DIR/a.txt may hold a.png's prompt
     python rewards.py bench                                     # the tiny model on the tiny world, half a minute
     python rewards.py bench --model sd35m --lora F --benchmark geneval
     python rewards.py geneval DIR                               # images of others, in GenEval's own folders
@@ -75,9 +75,9 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     thresholds: geneval, ocr, shapes.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises ValueError for other arguments
     than these (meta None: {} for each image), and RuntimeError, naming the reward, when a reward does not return one
-    number an image. A NaN stays where it is: it marks a failed reward, and the trainer masks it. The trainer hands over
-    a rollout in chunks, whole groups, from a thread beside the next one's rollout (or, without --overlap, from the main
-    thread): an image's reward may depend on its group, on no other image.
+    number an image. A NaN stays where it is: it marks a failed reward, and the trainer masks it. No images: (0,), and
+    no reward is called. The trainer hands over a rollout in chunks, whole groups, from a thread beside the next one's
+    rollout (or, without --overlap, from the main thread): an image's reward may depend on its group, on no other image.
     score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
     score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
     looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.
@@ -104,6 +104,13 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
             raise ValueError(f"cannot score {got} with {len(prompts)} prompts ({type(prompts).__name__}), {len(meta)} "
                              f"metas: images are floats (B, 3, H, W) in [0, 1], prompts and metas lists of length B")
         total, seen = torch.zeros(len(images), device=images.device), images.to(device)
+        if not len(images):                                            # a network may not take that
+            score.values |= dict.fromkeys(score.weights, total)
+            for reward in score.rewards.values():
+                for key, none in (("answers", []), ("unparsed", 0.), ("unanswered", 0.)):
+                    if hasattr(reward, key):
+                        setattr(reward, key, none)
+            return total
         for name, factor, reward in terms:
             with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
                 values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
@@ -139,11 +146,13 @@ def _load_one(name, weights, device):
         raise ValueError(f"unknown reward {name!r}: {', '.join(REWARDS)}, or path/to/file.py:function")
     if not pathlib.Path(path).is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
+    own = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}"
+    module_spec = importlib.util.spec_from_file_location(own, path)
+    module = sys.modules[own] = importlib.util.module_from_spec(module_spec)               # for dataclasses
     try:
         module_spec.loader.exec_module(module)
     except Exception as e:
+        sys.modules.pop(own, None)
         raise ValueError(f"reward {name!r}: {path} does not load: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, function, None)):
         raise ValueError(f"reward {name!r}: {path} has no function {function!r}")
@@ -354,6 +363,9 @@ def _wanted(metas, device):
     total: (B,); relation: (B, 2), the direction of object 1 from object 0, or 0."""
     kind, hue, alike, relation = [], [], [], []
     for meta in metas:
+        if not isinstance(meta, dict) or "include" not in meta:
+            raise ValueError(f"the tiny world's verifier cannot check {str(meta)[:200]}: it has no 'include', the "
+                             f"objects with their class, count, color and position; give it in prompts.jsonl")
         objects, direction, known = [], (0, 0), True
         try:
             for o in meta["include"]:
@@ -381,8 +393,11 @@ def verify(images, metas):
 
     images: (B, 3, S, S) float in [0, 1], S about 24 to 48; metas: B dicts of data.world_prompts. Returns a dict of (B,)
     float32: strict, 1 if everything is right, else 0; soft in [0, 1], graded; and the parts that they are made of.
-    An image that is not finite scores NaN. Raises ValueError for a meta that is not of the tiny world.
+    An image that is not finite scores NaN. Raises ValueError for a meta that is not of the tiny world, and for images
+    that are not square.
     """
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"the tiny world's verifier cannot check images {tuple(images.shape)}: make them square")
     finite = images.isfinite().flatten(1).all(1)
     images = images.float().nan_to_num(0).clamp(0, 1)
     B, _, size, _ = images.shape
@@ -717,7 +732,8 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
 
     convert: a tensor of the file -> [(name, tensor)] of the network; keys that end in one of `ignore` are skipped.
     Returns the network in eval mode, float32, without gradients. Raises ValueError naming the file and the first tensor
-    that is unexpected, wrongly shaped or missing. A pickle is read with weights_only, so that it cannot run code.
+    that is unexpected, wrongly shaped or missing, or what there is instead of {name: tensor}, alone or as "state_dict".
+    A pickle is read with weights_only, so that it cannot run code.
     """
     try:
         if file.suffix == ".safetensors":
@@ -725,10 +741,13 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
         else:
             is_new = zipfile.is_zipfile(file)                         # only files older than PyTorch 1.6 are not
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_new)
-            tensors = tensors.get("state_dict", tensors)
+            tensors = dict(tensors.get("state_dict", tensors))
     except Exception as e:                                            # the readers raise a dozen types
         why = str(e).strip().partition("\n")[0][:200]
         raise ValueError(f"{file} is damaged, or holds more than tensors ({why}): download it again") from None
+    odd = [key for key, tensor in tensors.items() if not (isinstance(key, str) and torch.is_tensor(tensor))]
+    if odd:
+        raise ValueError(f"{file} is no plain table of tensors: {odd[0]!r} is none; save its {{name: tensor}} alone")
     want, state = net.state_dict(), {}
     for key, tensor in tensors.items():
         if key.endswith(tuple(ignore)):
@@ -791,9 +810,14 @@ def clip_pixels(images, size, how="pil"):
 
 
 def open_clip_text(prompt):
-    """What open_clip does to a prompt before its tokens: entities and curly quotes undone (of ftfy, only that)."""
-    straight = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
-    return html.unescape(html.unescape(prompt.translate(straight))).strip()
+    """What open_clip does to a prompt before its tokens: entities, curly quotes and full-width characters undone.
+
+    Of ftfy, only that: not ligatures, half-width characters, or bytes that were decoded wrongly.
+    """
+    straight = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
+    wide = dict(zip(range(0xff01, 0xff5f), range(0x21, 0x7f))) | {0x3000: 0x20}            # ! to ~, and the space
+    text = prompt if "<" in prompt else html.unescape(prompt)          # ftfy leaves entities alone beside a <
+    return html.unescape(html.unescape(text.translate(straight | wide))).strip()
 
 
 class Affine(nn.Module):
@@ -1108,12 +1132,19 @@ class WordPiece:
 
 @functools.cache
 def imagereward(weights=None, device="cpu", how="pil"):
-    """ImageReward v1.0, about -2.3 to 2: a z-score of human preference."""
+    """ImageReward v1.0, about -2.3 to 2: a z-score of human preference. ValueError for another tokenizer's words."""
     directory = weights_of("imagereward", weights)
+    tokenize = WordPiece(directory / "vocab.txt")
+    words = tokenize.core.get_vocab_size()
+
+    def checked(key, tensor):
+        if key.endswith("word_embeddings.weight") and len(tensor) != words + 2:            # BLIP's [DEC] and [ENC]
+            raise ValueError(f"{directory / 'vocab.txt'} holds {words} words, the network {len(tensor)}, two of them "
+                             f"BLIP's own: take the vocab.txt of bert-base-uncased")
+        return [(key, tensor)]
     with torch.device("meta"):
         net = ImageReward()
-    net = read_weights(net, directory / "ImageReward.pt", device)
-    tokenize = WordPiece(directory / "vocab.txt")
+    net = read_weights(net, directory / "ImageReward.pt", device, checked)
 
     def score(images, prompts):
         ids, mask = tokenize(prompts)
@@ -1559,7 +1590,7 @@ def check_meta(meta):
     """Raises ValueError, in one line, for a meta that GenEval's engine cannot hold an image against."""
     if not isinstance(meta, dict) or "include" not in meta:
         raise ValueError("GenEval needs a meta with 'include', what to look for, as data.prompts('geneval', 'train') "
-                         f"makes them, not {meta!r:.200}")
+                         f"makes them (for a folder of images, in prompts.jsonl), not {meta!r:.200}")
     for clauses in [meta["include"]] + ([meta["exclude"]] if meta.get("exclude") else []):
         for need in clauses if isinstance(clauses, (list, tuple)) else ():
             if isinstance(need, dict) and need.get("class") not in data.OBJECTS:
@@ -1683,6 +1714,7 @@ def json_lines(rows):
 def score_geneval(folder, weights=None, device="cpu", batch=32):
     """Score a folder in GenEval's layout, and write folder/results.jsonl, which GenEval's summary_scores.py reads.
 
+    As there, images are the .png files whose names are numbers: neither grid.png nor 0000_mask.png.
     Returns its rows, one an image: filename, tag, prompt, correct and strict (bool), score, metadata and details (JSON
     in strings; the second is the boxes and scores of each class), engine. Raises ValueError for what cannot be read.
     """
@@ -1694,7 +1726,7 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
                 raise ValueError("it has no 'prompt'")
         except (OSError, ValueError, TypeError) as e:
             raise ValueError(f"cannot read {place / 'metadata.jsonl'}: {e}") from None
-        rows += [(path, meta) for path in sorted((place / "samples").glob("*.png"))]
+        rows += [(path, meta) for path in sorted((place / "samples").glob("*.png")) if path.stem.isdigit()]
     if not rows:
         raise ValueError(f"{folder} holds no images in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
     results = []
@@ -2348,8 +2380,9 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
 
         def one(i):
             picture = squared(Image.fromarray(arrays[i])) if deqa else Image.fromarray(arrays[i])
-            content = [data.picture_part(picture.resize(size, Image.BICUBIC) if size else picture, form),
-                       {"type": "text", "text": texts[i]}][::-1 if deqa else 1]
+            picture = data.picture_part(picture.resize(size, Image.BICUBIC) if size else picture, form)
+            text = {"type": "text", "text": texts[i]}
+            content = [text, picture] if deqa else [picture, text]
             for n in range(TRIES):
                 before = count["answered"]
                 try:
@@ -2577,7 +2610,8 @@ def unigenbench_question(prompt, meta):
     points, descriptions = meta.get("testpoints"), meta.get("descriptions")
     if not isinstance(points, list) or not isinstance(descriptions, list) or not 0 < len(points) == len(descriptions):
         raise ValueError("the reward 'unigenbench' needs a meta with 'testpoints' and as many 'descriptions', as "
-                         f"data.prompts makes them of UniGenBench's .csv files; {prompt[:100]!r} has none")
+                         f"data.prompts makes them of UniGenBench's .csv files (for a folder of images, in "
+                         f"prompts.jsonl); {prompt[:100]!r} has none")
     lines = "\n".join(f"{i}. {point_name(point)}: {POINTS[point_name(point)][1]}. Here: {text}"
                       for i, (point, text) in enumerate(zip(points, descriptions), 1))
     return (f"This image was made from the prompt: {prompt}\n\nJudge it strictly by each of these test points, in this "
@@ -2888,16 +2922,18 @@ def bench_report(args, protocol, asked, rows, out):
 # Command line
 # =====================================================================================================================
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")    # of a folder without prompts.jsonl
+
+
 def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     """Score the images that folder/prompts.jsonl lists, a line each: {"file", "prompt", and what a verifier needs}.
 
-    Returns its rows, each with a "reward" added. Raises ValueError, in one line, for what cannot be read or scored.
+    Without that file, every image of the folder by name, a.png with the prompt in a.txt, else "".
+    Returns the rows, each with a "reward" added. Raises ValueError, in one line, for what cannot be read or scored.
     """
     score, folder = load(spec, weights, device), pathlib.Path(folder)
     listing = folder / "prompts.jsonl"
-    if not listing.is_file():
-        raise ValueError(f"there is no {listing}: it says what the images should show, {{'file', 'prompt'}} a line")
-    rows = data.prompts(listing, "test")
+    rows = data.prompts(listing, "test") if listing.is_file() else unlisted(folder)
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get("file"), str):
             raise ValueError(f"{listing}: row {i} names no file")
@@ -2915,6 +2951,25 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             for row, value in zip(some, values.tolist()):
                 row["reward"] = value
             bar.update(len(some))
+    return rows
+
+
+def unlisted(folder):
+    """Rows {"file", "prompt"} of a folder's images by name, the prompt from the .txt of the same stem, else "".
+
+    Raises ValueError for a folder without images and a text that is not UTF-8.
+    """
+    rows = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in IMAGES and path.is_file():
+            text = path.with_suffix(".txt")
+            try:
+                prompt = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+            except (OSError, UnicodeDecodeError) as e:
+                raise ValueError(f"cannot read the prompt in {text}: {e}") from None
+            rows.append({"file": path.name, "prompt": prompt})
+    if not rows:
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)}), and no prompts.jsonl that lists some")
     return rows
 
 
@@ -2988,7 +3043,8 @@ def folder_command(argv):
                                                        "layout, and train-proxy --help, how tiny-clip was made")
     add = parser.add_argument
     add("--reward", required=True, help=f"{', '.join(REWARDS)}, a sum, or path/to/file.py:function")
-    add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line")
+    add("--images", required=True, help="a folder with prompts.jsonl, one {file, prompt, ...} a line; without it, all "
+                                          "its images, a.png with the prompt in a.txt, else an empty one")
     add("--weights", help="the directory of the reward networks' weights")
     args = parser.parse_args(argv)
     data.check_device("device", args.device)

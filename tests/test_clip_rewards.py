@@ -5,6 +5,7 @@ import html
 import json
 import math
 import sys
+import unicodedata
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -187,7 +188,7 @@ def test_open_clips_tokens(open_clip, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     tokenize = models.CLIPTokenizer(tmp_path)
     prompts = [*PROMPTS, "", "A  photo\tof \u201ctwo\u201d CATS &amp; 3 dogs, caf\u00e9 \u732b \U0001f408!",
-               "it's " * 60, "a sign that says \"N\u00b0 42\"",
+               "it's " * 60, "a sign that says \"N\u00b0 42\"", *TRICKY,
                *(meta["prompt"] for meta in data.prompts("geneval", "test")[::10])]
     ours, want = tokenize([rewards.open_clip_text(prompt) for prompt in prompts]), theirs(prompts)
     end = want.argmax(1)
@@ -195,6 +196,20 @@ def test_open_clips_tokens(open_clip, tmp_path):
     for a, b, n in zip(ours, want, end):
         assert torch.equal(a[:n + 1], b[:n + 1])
     assert tokenize(["a photo of a cat"])[0, 1:6].tolist() == [320, 1125, 539, 320, 2368]
+
+
+TRICKY = [
+    "&ldquo;HELLO&rdquo;, the sign&#8217;s text", "&rsquo;s", "&amp;amp;amp; x", "&lt;b&gt; <i> &amp; &ldquo;q&rdquo;",
+    "a < b &rsquo;s", "\uff21\uff22\uff23\uff01 full\u3000width \uff5e", "\uff02q\uff02 \uff06amp; &#65282;",
+    "\u2018a\u2019 \u201ab\u201b \u201ec\u201f it\u02bcs", "cafe\u0301", "x\u00a0y\u2028z",
+    "&nbsp;x&nbsp;y", "&copy 2020 AT&T"]
+
+
+def test_open_clips_cleaning(open_clip):
+    from open_clip.tokenizer import basic_clean
+    for prompt in TRICKY:
+        ours = " ".join(unicodedata.normalize("NFC", rewards.open_clip_text(prompt)).split())      # our tokenizer's NFC
+        assert ours == " ".join(basic_clean(prompt).split())
 
 
 def test_read_weights_is_strict(tmp_path):
@@ -213,6 +228,10 @@ def test_read_weights_is_strict(tmp_path):
     refused(state | {"visual.proj": torch.zeros(3, 3)}, "visual.proj .* no place")
     refused({key: v for key, v in state.items() if key != "ln_final.bias"}, "final_layer_norm.bias is missing, 1")
     refused({"state_dict": Image.new("L", (1, 1))}, "more than tensors")                   # a pickle of any object
+    refused({"epoch": 3, "model": state}, "no plain table of tensors: 'epoch'")
+    refused({"model": state}, "no plain table of tensors: 'model'")
+    refused({"state_dict": {3: torch.zeros(2)}}, "no plain table of tensors: 3")
+    refused([torch.zeros(2)], "more than tensors")
     file.write_bytes(b"no file of tensors")
     with pytest.raises(ValueError, match="damaged"):
         rewards.read_weights(CLIP(**config()), file)
@@ -499,6 +518,9 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "ring", "star
          "of", "!", "two", "##3", "st", "##a", "##r", "\u4e2d"]
 
 
+WORDED = SMALL | dict(vocab=len(VOCAB) + 2)                           # BLIP adds two
+
+
 def test_wordpiece_equals_transformers(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
     reference = transformers.BertTokenizer.from_pretrained(tmp_path)
@@ -516,14 +538,21 @@ def test_imagereward_by_name(tmp_path, monkeypatch):
     folder = tmp_path / "imagereward"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    net = shaken(ImageReward(**SMALL))
+    net = shaken(ImageReward(**WORDED))
     torch.save(net.state_dict() | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]},
                folder / "ImageReward.pt")
-    monkeypatch.setattr(rewards, "ImageReward", lambda: ImageReward(**SMALL))
+    monkeypatch.setattr(rewards, "ImageReward", lambda: ImageReward(**WORDED))
     images, prompts = pictures(40, 52, 3)[1], ["a red ring", "two stars", "a"]
     got = rewards.load("imagereward", tmp_path)(images, prompts, [{}] * 3)
     ids, mask = rewards.WordPiece(folder / "vocab.txt")(prompts)
     assert ids.shape == (3, 35)
+    other = tmp_path / "other" / "imagereward"
+    other.mkdir(parents=True)
+    (other / "ImageReward.pt").symlink_to(folder / "ImageReward.pt")
+    for words in (VOCAB[:-1], [*VOCAB, "more"]):
+        (other / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"other/imagereward/vocab.txt holds {len(words)} words, the network 24,"):
+            rewards.load("imagereward", other.parent)
     with torch.no_grad():
         want = [net(clip_pixels(images[i:i + 1], 32), ids[i:i + 1], mask[i:i + 1]).item() for i in range(3)]
     torch.testing.assert_close(got, torch.tensor(want), atol=1e-4, rtol=1e-4)
@@ -575,9 +604,9 @@ def test_an_affine_head_on_bfloat16(home, tmp_path, monkeypatch):
     folder = tmp_path / "imagereward"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    net = shaken(ImageReward(**SMALL))
+    net = shaken(ImageReward(**WORDED))
     torch.save(net.state_dict(), folder / "ImageReward.pt")
-    monkeypatch.setattr(rewards, "ImageReward", lambda: ImageReward(**SMALL))
+    monkeypatch.setattr(rewards, "ImageReward", lambda: ImageReward(**WORDED))
     norms, hidden = [], ImageReward.hidden
     monkeypatch.setattr(ImageReward, "hidden", lambda *args: norms.append(x := hidden(*args)) or x)
     difference, _ = moved("imagereward", tmp_path, pictures(40, 52, 3)[1], ["a red ring", "two stars", "a"], [{}] * 3)

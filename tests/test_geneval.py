@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import torch
 
 import data
 import rewards
@@ -174,6 +175,20 @@ def test_what_cannot_be_scored_is_refused():
             rewards.score_detections([DOG], {"tag": "x", "include": include})
     with pytest.raises(ValueError, match="has no colour"):
         rewards.score_detections([seen("cup")], RED)
+
+
+def test_only_numbered_images_of_a_folder_are_scored(tmp_path, monkeypatch):
+    """As in GenEval's own script: no grids, no masks. The engine stands aside: it finds nothing."""
+    def find(images, metas):
+        return [[] for _ in images]
+    find.engine = "none"
+    monkeypatch.setattr(rewards, "geneval_engine", lambda weights, device: find)
+    rewards.write_geneval(tmp_path, 0, {"tag": "x", "prompt": "a dog", **RED}, torch.zeros(2, 3, 4, 4))
+    samples = tmp_path / "00000" / "samples"
+    for name in ("0000_mask.png", "grid.png", "0002.jpg"):
+        (samples / name).write_bytes((samples / "0000.png").read_bytes())
+    rows = rewards.score_geneval(tmp_path)
+    assert [row["filename"] for row in rows] == [str(samples / name) for name in ("0000.png", "0001.png")]
 
 
 def test_the_summary_is_the_mean_over_tags():

@@ -22,6 +22,7 @@ At an edge, a nick of 3 x 3 pixels passes for a bent edge in a third of the imag
 import csv
 import json
 import math
+import sys
 
 import pytest
 import scipy.ndimage
@@ -298,6 +299,12 @@ def test_values_outside_the_range_nan_and_other_sizes():
             rewards.verify(images[:1], [meta])
 
 
+def test_images_that_are_not_square_are_refused():
+    metas, images = scenes(2)
+    with pytest.raises(ValueError, match=r"\(2, 3, 28, 32\): make them square"):
+        rewards.load("shapes")(images[:, :, 2:-2], ["", ""], metas)
+
+
 def test_components_of_a_spiral_and_of_many_dots():
     mask = torch.zeros(2, 24, 24)
     top, bottom, left, right = 0, 23, 0, 23
@@ -340,6 +347,44 @@ def test_load_names_sums_and_functions(tmp_path):
     for dtype in ("float16", "bf16", None, torch.bfloat16):
         with pytest.raises(ValueError, match="dtype=.*'float32'.*'bfloat16'"):
             rewards.load("tiny-clip", dtype=dtype)
+
+
+def test_a_file_with_dataclasses(tmp_path):
+    """They look their module up by its name, which is no other module's, nor that of a file that failed."""
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Mine:\n"
+        "    share: float = .5\n    def __call__(self, images, prompts, meta):\n"
+        "        return [self.share] * len(images)\nmine = Mine()\n")
+    (tmp_path / "broken.py").write_text("raise AttributeError('none')")
+    for name in ("with_a_class", "json"):
+        (tmp_path / f"{name}.py").write_text(text)
+        assert rewards.load(f"{tmp_path}/{name}.py:mine")(torch.zeros(2, 3, 4, 4), ["", ""]).tolist() == [.5, .5]
+    assert sys.modules["json"] is json
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="broken.py does not load: AttributeError: none"):
+        rewards.load(f"{tmp_path}/broken.py:mine")
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("spec", ["shapes", "tiny-clip", "tiny-clip,shapes-soft:2"])
+def test_no_images_have_no_scores(spec):
+    metas, images = scenes(2)
+    score = rewards.load(spec)
+    score(images, [meta["prompt"] for meta in metas], metas)
+    for values in (score(images[:0], [], []), *score.values.values()):
+        assert values.shape == (0,) and values.dtype == torch.float32
+    assert list(score.values) == list(score.weights)
+
+
+def test_no_images_leave_no_answers_of_the_call_before(monkeypatch):
+    def reward(images, prompts, meta):
+        reward.answers, reward.unparsed = ["yes"] * len(images), .5
+        return torch.ones(len(images))
+    reward.answers, reward.unparsed = [], 0.
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda weights, device: reward)
+    score = rewards.load("mine")
+    score(torch.zeros(2, 3, 4, 4), ["", ""])
+    assert score(torch.zeros(0, 3, 4, 4), []).shape == (0,) and (reward.answers, reward.unparsed) == ([], 0)
 
 
 def test_what_a_score_refuses():
@@ -406,3 +451,24 @@ def test_command_line(tmp_path, capsys, reward_file):
     assert "0.png" in refused()
     listing.write_text("{")
     assert "not a valid .jsonl" in refused()
+
+
+def test_a_folder_without_a_listing(tmp_path, capsys):
+    """Every image by name, its prompt beside it; what else a verifier needs is asked for."""
+    (tmp_path / "mine.py").write_text("def length(images, prompts, meta):\n    return [len(p) for p in prompts]\n")
+    for name in ("b.PNG", "a.jpg", "c.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a red ring\n")
+    (tmp_path / "notes.txt").write_text("no image")
+    rewards.main(["--reward", f"{tmp_path}/mine.py:length", "--images", str(tmp_path), "--device", "cpu"])
+    table = list(csv.reader((tmp_path / "scores.csv").open()))[1:]
+    assert table == [["a.jpg", "a red ring", "10.00000"], ["b.PNG", "", "0.00000"], ["c.webp", "", "0.00000"]]
+    for spec, lacks in (("shapes", "'include', the objects with their class.*prompts.jsonl"), ("ocr", "double quotes")):
+        with pytest.raises(ValueError, match=lacks):
+            rewards.score_folder(spec, tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="cannot read the prompt in .*a.txt"):
+        rewards.score_folder("shapes", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images .*prompts.jsonl"):
+        rewards.score_folder("shapes", tmp_path / "empty")
