@@ -153,12 +153,12 @@ def pictures(stem, runs):
                 for axis, axis_title in AXES.items()})
 
 
-def report(file):
-    """Print the table of each race in the csv, and draw it beside the file."""
+def report(file, folder):
+    """Print the table of each race in the csv, and draw it in the folder."""
     for race, runs in races(read(file)).items():
         print(table(race, runs), end="\n\n")
         stem = re.sub(r"[^\w.]+", "-", " ".join((file.stem, *race))).strip("-")
-        pictures(file.with_name(stem), runs)
+        pictures(folder / stem, runs)
 
 
 if __name__ == "__main__":

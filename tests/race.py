@@ -192,7 +192,7 @@ def parsed(argv):
     add("--rollouts", type=int, default=0, help="the same number for all, in place of minutes")
     add("--reward", default="shapes", help="what is trained on: shapes, tiny-clip, ...")
     add("--jobs", type=int, default=1, help="runs at once; each has one thread if that is more than 1")
-    add("--out", type=Path, default=Path("runs/race"))
+    add("--out", type=Path, default=Path("runs/race"), help="the runs' folders and the pictures")
     add("--csv", type=Path, default=ROOT / "tests/race.csv")
     add("--tune", action="store_true", help="the three configurations of each method, one seed")
     add("--table", action="store_true", help="run nothing")
@@ -213,9 +213,9 @@ def parsed(argv):
 
 def main(argv=None):
     args, children, failed = parsed(argv), [], []
+    for folder in (args.out, args.csv.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        for folder in (args.out, args.csv.parent):
-            folder.mkdir(parents=True, exist_ok=True)
         runs, pool = plan(args, read(args.csv)), ThreadPoolExecutor(args.jobs)
         try:
             done = as_completed([pool.submit(perform, run, args, children) for run in runs])
@@ -225,7 +225,7 @@ def main(argv=None):
             for child in children:
                 child.kill()
             raise
-    report(args.csv)
+    report(args.csv, args.out)
     rows, kinds = read(args.csv), ("method", "reward", "budget", "flags")
     for kind in dict.fromkeys(tuple(row[key] for key in kinds) for row in rows if row["variant"] == "tune"):
         race = dict(zip(kinds, kind))

@@ -159,7 +159,7 @@ def test_table_from_a_csv_by_hand(tmp_path, capsys):
     race.append(file, OTHERS[:5])
     race.append(file, OTHERS[5:9])
     race.append(file, OTHERS[9:])
-    assert race.main(["--table", "--csv", str(file)]) == 0
+    assert race.main(["--table", "--csv", str(file), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "shapes, 8 minutes, abacus; target 0.350"
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in said[2:] if line]
