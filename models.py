@@ -32,6 +32,7 @@ import pickle
 import re
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def weight_files(directory):
             file = directory / f"{name}{variant}.safetensors"
             if file.is_file():
                 return [file]
+    there = sorted(file.name for file in directory.glob("*.safetensors*"))
+    if there:
+        raise FileNotFoundError(f"{directory} holds {there[0]}; what is read is diffusion_pytorch_model.safetensors, "
+                                f"model.safetensors, either as .fp16, or shards with their index: download one, or "
+                                f"rename a file that is the whole network")
     for file in sorted(directory.glob("*pytorch_model*.bin")):        # shards included
         refuse_pickle(file)
     raise FileNotFoundError(f"{directory} holds no *.safetensors weights: download or train the model first")
@@ -395,6 +401,7 @@ class MMDiT(nn.Module):
     """The transformer of Stable Diffusion 3, 3.5 Medium (dual attention, qk norm) and 3.5 Large.
 
     forward(x (B, C, H, W), t (B,) in [0, 1], context (B, L, D_text), pooled (B, P)) -> velocity (B, C, H, W).
+    Raises ValueError where H or W is no multiple of the patch.
     Source: Esser et al., arXiv:2403.03206; equal to diffusers' SD3Transformer2DModel, whose config this takes.
     """
     public_names, file_name = ("SD3Transformer2DModel",), "diffusion_pytorch_model"
@@ -435,7 +442,10 @@ class MMDiT(nn.Module):
         self.proj_out = nn.Linear(dim, patch_size ** 2 * out_channels)
 
     def forward(self, x, t, context, pooled):
-        h, w, p = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
+        p = self.patch
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"{x.shape[2]} x {x.shape[3]} is no multiple of {p}, the side of a patch")
+        h, w = x.shape[2] // p, x.shape[3] // p
         embed = self.time_text_embed
         condition = embed["timestep_embedder"](sinusoid(t * 1000, 256).to(x.dtype)) + embed["text_embedder"](pooled)
         context = self.context_embedder(context)                                         # (B, L, D)
@@ -506,6 +516,7 @@ class Flux(nn.Module):
 
     forward(x (B, 16, H, W), t (B,) in [0, 1], context (B, L, D_text), pooled (B, P), guidance (B,) or None) -> velocity
     (B, 16, H, W). guidance is the scale that the -dev checkpoint was distilled for, 3.5 say; -schnell takes None.
+    Raises ValueError for the other one's guidance, or where H or W is odd.
     Source: Black Forest Labs' flux (2024); equal to diffusers' FluxTransformer2DModel, whose config this takes.
     """
     public_names, file_name = ("FluxTransformer2DModel",), "diffusion_pytorch_model"
@@ -551,7 +562,9 @@ class Flux(nn.Module):
         return torch.cat([place[:, i:i + 1] * f for i, f in enumerate(frequency)], dim=1)
 
     def forward(self, x, t, context, pooled, guidance=None):
-        embed = self.time_text_embed
+        embed, p = self.time_text_embed, self.patch
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"{x.shape[2]} x {x.shape[3]} is no multiple of {p}, the side of a patch")
         if (guidance is not None) != ("guidance_embedder" in embed):
             takes = "was distilled for a guidance scale: give one, (B,), usually 3.5"
             raise ValueError(f"this FLUX checkpoint {takes if guidance is None else 'takes no guidance, as -schnell'}")
@@ -1219,8 +1232,9 @@ class T5Encoder(nn.Module):
 class CLIPTokenizer:
     """CLIP's byte-pair tokenizer from vocab.json and merges.txt, or tokenizer.json: strings -> ids (B, length) int64.
 
-    The end-of-text token survives truncation. tokenizer_config.json names the padding: the end of text for CLIP-L; "!",
-    id 0, for bigG, and as in transformers every "!" of a prompt is then that special token too.
+    The end-of-text token survives truncation. tokenizer_config.json names the length, at most 77, and the padding: the
+    end of text for CLIP-L; "!", id 0, for bigG, and as in transformers every "!" of a prompt is then that special token
+    too. Where it names none, these are 77 and the end of text.
     """
 
     def __init__(self, directory):
@@ -1242,9 +1256,9 @@ class CLIPTokenizer:
             self.core = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
-        pad = config.get("pad_token", end)
+        pad = config.get("pad_token") or end
         pad = pad["content"] if isinstance(pad, dict) else pad
-        self.length = int(config.get("model_max_length", 77))
+        self.length = int(min(config.get("model_max_length") or 77, 77))                 # transformers' for none: 1e30
         for token in (start, end, pad):
             if self.core.token_to_id(token) is None:
                 raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
@@ -1261,7 +1275,8 @@ class CLIPTokenizer:
     def __call__(self, texts):
         rows = [[self.start] + encoding.ids[:self.length - 2] + [self.end]
                 for encoding in self.core.encode_batch(texts)]
-        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+        rows = [row + [self.pad] * (self.length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.length)        # no texts: (0, length)
 
 
 class T5Tokenizer:
@@ -1296,7 +1311,8 @@ class T5Tokenizer:
     def __call__(self, texts):
         rows = [encoding.ids[:self.length - 1] + [self.end]
                 for encoding in self.core.encode_batch(texts, add_special_tokens=False)]
-        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+        rows = [row + [self.pad] * (self.length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.length)        # no texts: (0, length)
 
 
 # ----------------------------------------------------------------------------------------------------- original files
@@ -1676,7 +1692,8 @@ class RandomText:
 
 
 def check_widths(pipe, directory):
-    """Raise ValueError if the text encoders give other widths than the network takes: parts of different models."""
+    """Raise ValueError if the text encoders give other widths than the network takes: parts of different models. Warn of
+    a CLIP that is pooled at a token other than its tokenizer's end, as a made-up small one may be."""
     config, widths = pipe.net.config, [(type(e) is T5Encoder, e.config) for e in pipe.encoders]
     clip = [c for t5, c in widths if not t5]
     tokens = [c["d_model"] for t5, c in widths if t5]
@@ -1691,26 +1708,37 @@ def check_widths(pipe, directory):
         raise ValueError(f"{directory}: the text encoders give {width} (CLIP) and {tokens} (T5) features a token and "
                          f"{pooled} pooled, the network takes {room} and {config.get('pooled_projection_dim')}: these "
                          f"parts are of different models")
+    for encoder, tokenizer in zip(pipe.encoders, pipe.tokenizers):
+        if pipe.family in ("sd3", "flux") and isinstance(encoder, CLIPText) and encoder.eos not in (2, tokenizer.end):
+            warnings.warn(f"{directory}: a CLIP's eos_token_id is {encoder.eos}, its tokenizer ends a text with "
+                          f"{tokenizer.end}, so its pooled features do not depend on the prompt: are these parts of "
+                          f"different models?", stacklevel=2)
 
 
 def read_shift(directory):
     """The shift in a pipeline's scheduler_config.json; 0 where it depends on the resolution (FLUX.1-dev).
 
     1 where model_index.json names no scheduler. Raises FileNotFoundError where it names one that is not there, and
-    ValueError for a line of shifts, or DDPM steps, other than those of `flux_shift` and ALPHA_BAR.
+    ValueError for times other than those of `schedule`, a line of shifts other than `flux_shift`'s, or DDPM steps other
+    than ALPHA_BAR's.
     """
     file = Path(directory) / "scheduler" / "scheduler_config.json"
     index = read_json(Path(directory) / "model_index.json")
     if not file.is_file() and not (index.get("scheduler") or [None])[0]:
         return 1.0
-    config, only = read_json(file), {}
+    config = read_json(file)
     if index.get("_class_name") == "StableDiffusionPipeline":
         config = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02) | config           # diffusers' defaults
         only = dict(prediction_type="epsilon", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                     num_train_timesteps=1000, trained_betas=None)
-    elif config.get("use_dynamic_shifting"):
-        only = dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
-                    time_shift_type="exponential")
+    else:
+        only = dict(use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, invert_sigmas=False,
+                    stochastic_sampling=False, shift_terminal=None)
+        if index.get("_class_name") != "FluxPipeline":
+            only["use_dynamic_shifting"] = False
+        elif config.get("use_dynamic_shifting"):
+            only |= dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+                         time_shift_type="exponential")
     for name, value in only.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file}: {name}={config[name]!r} is not implemented: only {value!r}")
@@ -1874,6 +1902,9 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     if pipeline not in FAMILIES:
         raise ValueError(f"{directory}/model_index.json describes a {pipeline}: only {', '.join(FAMILIES)} can be read")
     family, classes = FAMILIES[pipeline]
+    if model in CONFIGS and family != FAMILIES[CONFIGS[model][0]][0]:
+        raise ValueError(f"{directory} holds a {pipeline}, --model {model} is a {CONFIGS[model][0]}: give --model "
+                         f"{directory} instead of the name")
     unknown = [name for name in parts if name.replace("tokenizer", "text_encoder") not in classes]
     if unknown:
         raise ValueError(f"{directory}/model_index.json: a {pipeline} has no part {unknown[0]}")
@@ -1984,20 +2015,22 @@ def add_lora(net, rank, alpha, targets):
     """Freeze a network and give each Linear whose name ends in one of `targets` a trained low-rank update, in float32.
 
     A is N(0, 1/rank^2) (peft's "gaussian"), B is 0, so the network starts unchanged. Returns the trained parameters.
-    Raises ValueError for a rank under 1, a second LoRA or a target that no layer's name ends in.
+    Raises ValueError for a rank under 1, a second LoRA, no targets or one that no layer's name ends in.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: a LoRA has rank 1 or more (0 on the command line trains all weights)")
     if lora_layers(net):
         raise ValueError("the network has a LoRA already: load the network anew, or load_lora into the one it has")
+    if isinstance(targets, str) or not (targets := tuple(targets)):
+        raise ValueError(f"targets={targets!r}: give a LoRA a tuple of ends of layers' names, such as ('attn.to_q',)")
     linear = {name: module for name, module in net.named_modules() if type(module) is nn.Linear}
     for target in targets:
-        if not any(name.endswith("." + target) for name in linear):
+        if not any(("." + name).endswith("." + target) for name in linear):              # whole words, or all
             raise ValueError(f"the LoRA target {target} ends the name of no Linear layer; one that would do is "
                              f"{list(linear)[-1]}")
     net.requires_grad_(False)
     for name, module in linear.items():
-        if name.endswith(tuple("." + target for target in targets)):
+        if ("." + name).endswith(tuple("." + target for target in targets)):
             module.__class__ = LoRALinear
             module.lora_scale, device = alpha / rank, module.weight.device
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
@@ -2034,25 +2067,51 @@ def merged(net, on=True):
 def save_lora(net, file):
     """Write the LoRA as diffusers' load_lora_weights reads it. B is written times alpha / rank.
 
-    Such a file states no alpha, and every version of diffusers then takes alpha / rank = 1.
+    Such a file states no alpha, and every version of diffusers then takes alpha / rank = 1. Raises ValueError for a
+    network without a LoRA, FileNotFoundError for a folder that does not exist.
     """
-    state = {}
-    for name, module in lora_layers(net).items():
+    layers, state = lora_layers(net), {}
+    if not layers:
+        raise ValueError(f"{file}: the network has no LoRA to write: call add_lora first, or save_pretrained for the "
+                         f"network itself")
+    if not Path(file).parent.is_dir():
+        raise FileNotFoundError(f"{Path(file).parent} does not exist: make this folder before a LoRA goes into it")
+    for name, module in layers.items():
         name, a, b = net.lora_prefix + name, module.lora_A.detach(), module.lora_B.detach() * module.lora_scale
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a.cpu().contiguous(), b.cpu().contiguous()
     save_file(state, f"{file}.new", metadata={"format": "pt"})
     os.replace(f"{file}.new", file)                                   # whole or not at all
 
 
+def lora_file(path):
+    """The LoRA file of a path: itself, or in a folder peft's, else diffusers'. FileNotFoundError for neither."""
+    if not Path(path).is_dir():
+        return path
+    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    for file in (Path(path) / name for name in names):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{path} holds no {' and no '.join(names)}: give the LoRA's file itself")
+
+
 def lora_file_scale(file):
-    """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it; 1 where none does."""
+    """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it; 1 where none does.
+
+    A file is peft's by its tensors' names or its own. Raises ValueError where it is damaged or of another kind, and
+    FileNotFoundError where it is peft's, without adapter_config.json.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            by_peft = any(key.startswith("base_model.model.") for key in tensors.keys())
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): download it again") from None
-    if not config and Path(file).name == "adapter_model.safetensors":
-        config = read_json(Path(file).with_name("adapter_config.json"))
+    if not config and (by_peft or Path(file).name == "adapter_model.safetensors"):
+        beside = Path(file).with_name("adapter_config.json")
+        if not beside.is_file():
+            raise FileNotFoundError(f"{beside} is missing, and only it states alpha and rank of {Path(file).name}, "
+                                    f"which peft wrote: copy it there too")
+        config = read_json(beside)
     config = {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in config.items()}
     for option in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
         if config.get(option):
@@ -2063,9 +2122,13 @@ def lora_file_scale(file):
 def load_lora(net, file):
     """Read a LoRA of `save_lora`, diffusers or peft into a network that `add_lora` prepared, strictly.
 
-    The network keeps its own alpha / rank: B takes up the file's. Raises as `read_tensors` does.
+    file: a folder of peft's or diffusers' too. The network keeps its own alpha / rank: B takes up the file's. Raises as
+    `lora_file`, `lora_file_scale` and `read_tensors` do, and ValueError for a network that add_lora did not prepare.
     """
-    layers, scale = lora_layers(net), lora_file_scale(file)
+    layers, file = lora_layers(net), lora_file(file)
+    if not layers:
+        raise ValueError(f"{file}: the network has no LoRA to read it into: call add_lora first, or run_lora instead")
+    scale = lora_file_scale(file)
     want = {f"{name}.{part}.weight": getattr(module, part)
             for name, module in layers.items() for part in ("lora_A", "lora_B")}
 
@@ -2081,6 +2144,7 @@ def load_lora(net, file):
 
 def run_lora(net, file):
     """Give a network the LoRA of a file at the file's own rank, to be run as it is. Raises as `load_lora` does."""
+    file = lora_file(file)
     lora_file_scale(file)                                             # names a file that is damaged
     with safe_open(file, framework="pt") as tensors:
         ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models import CLIPText, CLIPTokenizer, MMDiT
+from models import CLIPText, CLIPTokenizer, MMDiT, T5Tokenizer
+from pipelines import t5_tokenizer
 
 ROOT = Path(models.__file__).parent
 
@@ -366,6 +367,24 @@ def test_tokenizer_errors_name_the_file(tokenizer_files, tmp_path):
         CLIPTokenizer(tmp_path / "other")
 
 
+@pytest.mark.parametrize("changes, length", (
+    (dict(pad_token=None), 24), (dict(model_max_length=10 ** 30), 77), (dict(model_max_length=1e30), 77),
+    (dict(model_max_length=None), 77)), ids=str)
+def test_a_tokenizer_whose_config_names_no_padding_or_length_has_clips(changes, length, tokenizer_files, tmp_path):
+    """1e30 is what transformers writes where there is no length."""
+    shutil.copytree(tokenizer_files, tmp_path / "tokenizer")
+    edit_json(tmp_path / "tokenizer" / "tokenizer_config.json", **{"pad_token": "<|endoftext|>"} | changes)
+    tokenizer = CLIPTokenizer(tmp_path / "tokenizer")
+    ids = tokenizer(["a red circle", "red " * 100])
+    assert ids.shape == (2, length) and ids[0, -1] == ids[1, -1] == tokenizer.end == tokenizer.pad
+
+
+def test_no_texts_are_no_rows(tokenizer_files, tmp_path):
+    t5_tokenizer(tmp_path, WORDS[0].split())
+    for tokenizer in (CLIPTokenizer(tokenizer_files), T5Tokenizer(tmp_path, 24)):
+        assert tokenizer([]).shape == (0, 24) and tokenizer([]).dtype == torch.int64 == tokenizer(["a"]).dtype
+
+
 # =========================================================================================================== the loader
 
 def edit_json(file, **changes):
@@ -388,6 +407,8 @@ DAMAGES = {                             # what happened to the directory d, the 
     "no directory": (shutil.rmtree, FileNotFoundError, r"config\.json is missing.* download"),
     "no config": (lambda d: (d / "config.json").unlink(), FileNotFoundError, r"config\.json is missing"),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), FileNotFoundError, r"no \*\.safetensors .*download"),
+    "another variant": (lambda d: (d / WEIGHTS).rename(d / WEIGHTS.replace("l.s", "l.bf16.s")), FileNotFoundError,
+                        r"holds diffusion_pytorch_model\.bf16\.safetensors; what is read is diffusion_pytorch_model\."),
     "config cut off": (lambda d: truncate(d / "config.json"), ValueError, r"config\.json is damaged, not JSON"),
     "config a list": (lambda d: (d / "config.json").write_text("[1]"), ValueError, r"config\.json is damaged, a list"),
     "config binary": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"), ValueError, r"config\.json is damaged"),
@@ -547,6 +568,13 @@ def test_a_damaged_pipeline_is_an_error_that_names_the_file(damage, error, messa
         models.load(str(tmp_path / "model"))
 
 
+def test_a_clip_of_another_tokenizers_end_is_warned_of(random_model, tmp_path):
+    shutil.copytree(random_model, tmp_path / "model")
+    edit_json(tmp_path / "model" / "text_encoder" / "config.json", eos_token_id=7)
+    with pytest.warns(UserWarning, match="eos_token_id is 7, its tokenizer ends a text with .* different models"):
+        models.load(str(tmp_path / "model"))
+
+
 def test_load_by_name_and_with_random_weights(random_model):
     saved = models.load("tiny", weights=random_model).net.context_embedder.weight
     drawn = models.load(str(random_model), init="random").net.context_embedder.weight
@@ -557,6 +585,17 @@ def test_load_by_name_and_with_random_weights(random_model):
     for name, weights in (("no-such-model", None), ("tiny", "nowhere")):
         with pytest.raises(FileNotFoundError, match=f"--model {name}: .* does not exist. {everything}"):
             models.load(name, weights)
+
+
+@pytest.mark.parametrize("name, holds", (("sd14", "StableDiffusion3"), ("flux", "StableDiffusion3"),
+                                         ("uvit", "StableDiffusion3"), ("sd35m", "UViT")))
+def test_a_directory_of_another_family_than_the_names_is_refused(name, holds):
+    directory = models.SHIPPED["tiny-prox" if holds == "UViT" else "tiny"]
+    for init in (None, "random"):
+        with pytest.raises(ValueError, match=f"{directory} holds a {holds}Pipeline, --model {name} .*: give --model "
+                                             f"{directory} instead"):
+            models.load(name, directory, init=init)
+    assert models.load("uvit" if holds == "UViT" else "sd35m", directory).family == models.family(str(directory))
 
 
 # ============================================================================================================ schedules
@@ -654,6 +693,11 @@ def test_add_lora_changes_the_layers_that_peft_changes(tmp_path):
     other = MMDiT(**SD35M)
     models.add_lora(other, RANK, ALPHA, ["proj"])                       # whole words: not add_q_proj
     assert {name.split(".", 2)[2] for name in models.lora_layers(other)} == {"ff.net.0.proj", "ff_context.net.0.proj"}
+    other, targets = MMDiT(**SD35M), ["context_embedder", "attn2.to_q"]                  # a whole name is one's end
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, target_modules=targets), saved_mmdit(tmp_path))
+    models.add_lora(other, RANK, ALPHA, iter(targets))
+    assert list(models.lora_layers(other)) == [
+        name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
 
 @pytest.mark.parametrize("rank", (4, 32))
@@ -734,7 +778,8 @@ def test_load_lora_reads_what_diffusers_wrote(save, tmp_path):
     ours, theirs = lora_pair(tmp_path)
     inject(theirs, alpha=10.0)
     scale = {layer.lora_scale for layer in models.lora_layers(ours).values()}
-    models.load_lora(ours, save(theirs, tmp_path / "lora"))
+    save(theirs, tmp_path / "lora")
+    models.load_lora(ours, tmp_path / "lora")                          # the folder of its pytorch_lora_weights
     inputs = mmdit_inputs(SD35M)
     assert_equal(ours(*inputs).detach(), diffusers_forward(theirs, *inputs).detach())
     assert {layer.lora_scale for layer in models.lora_layers(ours).values()} == scale == {1.5}
@@ -758,10 +803,16 @@ def test_load_lora_reads_what_peft_wrote(tmp_path):
     theirs.save_pretrained(tmp_path / "lora")
     models.load_lora(ours, tmp_path / "lora" / "adapter_model.safetensors")
     inputs = mmdit_inputs(SD35M)
-    assert_equal(ours(*inputs).detach(), diffusers_forward(theirs, *inputs).detach())
+    want = diffusers_forward(theirs, *inputs).detach()
+    assert_equal(ours(*inputs).detach(), want)
+    renamed = shutil.copy(tmp_path / "lora" / "adapter_model.safetensors", tmp_path / "lora" / "renamed.safetensors")
+    for path in (tmp_path / "lora", renamed):
+        bare = MMDiT.from_pretrained(tmp_path)
+        models.run_lora(bare, path)
+        assert_equal(bare(*inputs).detach(), want)
     (tmp_path / "lora" / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
-        models.load_lora(ours, tmp_path / "lora" / "adapter_model.safetensors")
+        models.load_lora(ours, renamed)
 
 
 def test_save_lora_and_load_lora_are_inverse(tmp_path):
@@ -818,7 +869,19 @@ def test_add_lora_errors(tmp_path):
     with pytest.raises(ValueError, match="attn.to_x"):
         models.add_lora(net, 4, 1.0, ("attn.to_q", "attn.to_x"))
     assert not models.lora_layers(net) and all(p.requires_grad for p in net.parameters())
+    for targets in ("attn.to_q", (), []):
+        with pytest.raises(ValueError, match="targets=.*give a LoRA a tuple"):
+            models.add_lora(net, 4, 1.0, targets)
+    with pytest.raises(ValueError, match="no LoRA to write: call add_lora"):
+        models.save_lora(net, tmp_path / "lora.safetensors")
+    save_file({}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors: the network has no LoRA .*: call add_lora first"):
+        models.load_lora(net, tmp_path / "lora.safetensors")
     models.add_lora(net, 4, 1.0, models.MMDiT.lora_targets)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent does not exist"):
+        models.save_lora(net, tmp_path / "absent" / "lora.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no adapter_model.* and no pytorch_lora_weights"):
+        models.load_lora(net, tmp_path)
     with pytest.raises(ValueError, match="a LoRA already"):
         models.add_lora(net, 4, 1.0, models.MMDiT.lora_targets)
     with pytest.raises(ValueError, match="save_lora"):

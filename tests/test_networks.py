@@ -313,6 +313,15 @@ def test_a_network_refuses_what_it_does_not_implement(kind, config, reason):
         kind(**config)
 
 
+@pytest.mark.parametrize("name", ("mmdit", "flux-dev"))
+@pytest.mark.parametrize("height, width", ((7, 8), (8, 5)))
+def test_latents_that_patches_do_not_fill_are_an_error(name, height, width):
+    kind, config, _ = CASES[name]
+    x, *others = inputs(name)
+    with pytest.raises(ValueError, match=f"{height} x {width} is no multiple of 2, the side of a patch"):
+        kind(**config)(x[:, :, :1, :1].repeat(1, 1, height, width), *others)
+
+
 # =============================================================================================================== Flux
 
 @pytest.mark.parametrize("name, guidance, reason", (("flux-dev", None, "give one, .* usually 3.5"),

@@ -186,6 +186,17 @@ def test_a_dynamic_shift_of_another_line_is_refused(copy):
         models.load(str(file.parent.parent))
 
 
+@pytest.mark.parametrize("family, change", (
+    ("flux", dict(use_karras_sigmas=True)), ("sd3", dict(use_exponential_sigmas=True)),
+    ("sd3", dict(use_beta_sigmas=True)), ("sd3", dict(invert_sigmas=True)), ("flux", dict(shift_terminal=0.02)),
+    ("schnell", dict(stochastic_sampling=True)), ("sd3", dict(use_dynamic_shifting=True))), ids=str)
+def test_flow_times_of_another_kind_are_refused(family, change, copy):
+    directory, (name, value) = copy(family), *change.items()
+    edit(directory / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(ValueError, match=rf"scheduler_config\.json: {name}={value} is not implemented: only "):
+        models.load(str(directory))
+
+
 @pytest.mark.parametrize("change", (
     dict(prediction_type="v_prediction"), dict(beta_schedule="linear"), dict(beta_start=0.0001), dict(beta_end=0.02),
     dict(num_train_timesteps=500), dict(trained_betas=[0.1, 0.2])), ids=str)
@@ -906,7 +917,7 @@ def test_every_preset_of_every_family_is_a_valid_run(module, family, preset, sav
     fsdp = module.PRESETS[preset][family].get("fsdp", False)
     if fsdp:
         with pytest.raises(ValueError, match="--fsdp .* torchrun"):
-            cli(module, "--preset", preset, "--model", NAMES[family])
+            cli(module, "--preset", preset, "--model", saved[family][0])
         monkeypatch.setenv("WORLD_SIZE", "8")
     by_name = cli(module, "--preset", preset, "--model", NAMES[family])
     by_directory = cli(module, "--preset", preset, "--model", saved[family][0])
