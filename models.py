@@ -1692,7 +1692,7 @@ class RandomText:
 
 
 def check_widths(pipe, directory):
-    """Raise ValueError if the text encoders give other widths than the network takes: parts of different models. Warn of
+    """Raise ValueError if the encoders give other widths than the network takes: parts of different models. Warn of
     a CLIP that is pooled at a token other than its tokenizer's end, as a made-up small one may be."""
     config, widths = pipe.net.config, [(type(e) is T5Encoder, e.config) for e in pipe.encoders]
     clip = [c for t5, c in widths if not t5]

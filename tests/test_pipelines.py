@@ -916,7 +916,7 @@ def test_every_preset_of_every_family_is_a_valid_run(module, family, preset, sav
     """By the public name and by a directory, whose model_index.json says what it is; guided as its family asks."""
     fsdp = module.PRESETS[preset][family].get("fsdp", False)
     if fsdp:
-        with pytest.raises(ValueError, match="--fsdp .* torchrun"):
+        with pytest.raises(ValueError, match="--fsdp.* torchrun"):
             cli(module, "--preset", preset, "--model", saved[family][0])
         monkeypatch.setenv("WORLD_SIZE", "8")
     by_name = cli(module, "--preset", preset, "--model", NAMES[family])
