@@ -54,6 +54,7 @@ VARIANTS = {    # ablations, each beside its method's own run, "base"
              "beta-10": "--beta 10",                                   # another beta (base: 100),
              "beta-1000": "--beta 1000",
              "clip": "--clip-range 0.01",                              # the released code's PPO-like clip,
+             "hold-0": "--hold 0",                                     # nothing holds the sampler's last steps,
              "cfg-rollout": "--cfg-rollout 3",                         # guided rollouts, unguided training.
              "cfg": CFG,                                               # What people ask: guidance everywhere,
              "adv-batch": "--adv-std batch"},                          # the batch's std (base: the group's)
