@@ -514,9 +514,9 @@ print(json.dumps(rows))"""
     *rows, wrong = json.loads(done.stdout.splitlines()[-1])
     assert [(row["script"], row["network"]) for row in rows] == [
         ("dgpo", "ours"), ("dgpo", "bfloat16"), ("dgpo", "released"), ("proxt2i", "ours")]
-    for row in rows:                                                   # of 24 images, for which the table divides
+    for row in rows:                                                   # of 4 images, by which the table divides
         assert row["seconds"] is not None, row["error"]
-        assert 24 / row["rollout"] + 24 / row["update"] <= row["seconds"] + .01
+        assert .5 * row["seconds"] < 4 / row["rollout"] + 4 / row["update"] <= row["seconds"] + .01
     assert wrong["seconds"] is None and "--dtype 'float16'" in wrong["error"]
 
 
