@@ -100,7 +100,7 @@ def test_constant_rewards_give_0():
                 assert torch.equal(slas.slas_advantage(reward, 4, gamma, recenter), torch.zeros(8))
     half = torch.tensor([.1, .1, .1, .1, 0, 0, 1, 1])                  # one of two groups
     assert slas.slas_advantage(half, 4, 1.0, True)[:4].eq(0).all() and slas.slas_advantage(half, 4, 1.0)[4:].ne(0).all()
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="std='group'"):
         slas.slas_advantage(half, 4, 1.0, std="group")
     with pytest.raises(ValueError, match="group_size=3"):
         slas.slas_advantage(half, 3, 1.0)
