@@ -62,7 +62,7 @@ def main(*arguments):
 
 AXES = {"updates": "updates", "images": "images", "forwards": "network passes", "seconds": "seconds"}
 SCORES = {"strict": "strict score", "proxy": "proxy"}
-RACE = ("reward", "budget", "flags", "machine")                        # what the runs of one table have in common
+RACE = ("reward", "budget", "flags", "machine")                        # what runs that are compared have in common
 RUN = (*RACE, "method", "variant", "settings", "seed", "commit", "torch")
 COLUMNS = (*RUN, "split", "step", *AXES, *SCORES)
 
@@ -80,17 +80,27 @@ def run_of(row):
 
 
 def races(rows):
-    """{race: {(method, variant): {seed: [rows]}}}; of a run with several settings or commits the last in the file."""
+    """{race: {(method, variant): {seed: [rows]}}}; of a run with several settings or commits the last in the file.
+
+    So many minutes are another race on another machine; so many rollouts are the same one on all of them.
+    """
     found = {}
     for row in rows:
         if row["variant"] != "tune":
-            seeds = found.setdefault(tuple(row[c] for c in RACE), {}).setdefault((row["method"], row["variant"]), {})
+            race = tuple(row[c] for c in RACE if c != "machine" or row["budget"].endswith("minutes"))
+            seeds = found.setdefault(race, {}).setdefault((row["method"], row["variant"]), {})
             if any(some[0]["settings"] != row["settings"] for some in seeds.values()):
                 seeds.clear()
             if run_of(seeds.get(row["seed"], [row])[0]) != run_of(row):
                 del seeds[row["seed"]]
             seeds.setdefault(row["seed"], []).append(row)
     return found
+
+
+def axes_of(runs):
+    """The x-axes of a race's runs: no seconds where they are of several machines."""
+    machines = {row["machine"] for seeds in runs.values() for rows in seeds.values() for row in rows}
+    return {axis: title for axis, title in AXES.items() if axis != "seconds" or len(machines) == 1}
 
 
 def val_curves(seeds, axis, score="strict"):
@@ -115,9 +125,9 @@ def table(race, runs):
     """A race in Markdown. Test scores: mean and sample standard deviation over seeds; targets by the mean curve.
 
     The target is the best score of Flow-GRPO's own mean curve; NaN where a run never has it, Flow-GRPO is not there, or
-    the method starts from another model.
+    the method starts from another model, and for the seconds of several machines.
     """
-    flow = runs.get(("flow-grpo", "base"), {})
+    flow, axes = runs.get(("flow-grpo", "base"), {}), axes_of(runs)
     target = max((y for _, y in mean_curve(flow, "seconds")), default=math.nan)
     text = [f"{', '.join(filter(None, race))}; target {target:.3f}", "",
             "| run | settings | seeds | strict, before | after | proxy, before | after | seconds to target "
@@ -131,7 +141,8 @@ def table(race, runs):
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         goal = math.nan if method.startswith("proxt2i") else target
-        seconds, passes = (reach(mean_curve(seeds, axis), goal) for axis in ("seconds", "forwards"))
+        seconds, passes = (reach(mean_curve(seeds, axis), goal if axis in axes else math.nan)
+                           for axis in ("seconds", "forwards"))
         faster = reach(mean_curve(flow, "seconds"), target) / seconds if seconds else math.nan
         text.append(f"| {' | '.join(cells)} | {seconds:.0f} | {passes:,.0f} | {faster:.2f} |")
     return "\n".join(text)
@@ -150,7 +161,7 @@ def pictures(stem, runs):
             data.chart(f"{stem}{name}-{score}.png", {
                 f"{title} against {axis_title}": {label: val_curves(seeds, axis, score)
                                                   for label, seeds in group.items()}
-                for axis, axis_title in AXES.items()})
+                for axis, axis_title in axes_of(runs).items()})
 
 
 def report(file, folder):

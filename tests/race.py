@@ -103,7 +103,7 @@ def plan(args, rows):
         return [dict(shared, method=method, variant="tune", settings=METHODS[method][i], seed=TUNE_SEED)
                 for i in (1, 2, 3) for method in args.methods]
     return [dict(shared, method=method, variant=variant, settings=chosen(rows, method, shared), seed=seed)
-            for seed in range(args.seeds) for method in args.methods
+            for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods
             for variant in ("base", *(v for v in VARIANTS.get(method, ()) if {v, "all"} & set(args.variants)))]
 
 
@@ -188,7 +188,8 @@ def parsed(argv):
     add = parser.add_argument
     add("--methods", default=",".join(METHODS), help="a comma between")
     add("--variants", default="", help="ablations of these methods by name, a comma between, or all")
-    add("--seeds", type=int, default=3, help="0 to this - 1")
+    add("--seeds", type=int, default=3, help="how many")
+    add("--first-seed", type=int, default=0, help="where another race, or another machine, left off")
     add("--minutes", type=float, default=0, help="of each run, validation included (8)")
     add("--rollouts", type=int, default=0, help="the same number for all, in place of minutes")
     add("--reward", default="shapes", help="what is trained on: shapes, tiny-clip, ...")
@@ -204,6 +205,7 @@ def parsed(argv):
     taken = {word.split("=")[0] for word in args.flags} & {"--seed", "--steps", "--out", "--resume", "--eval-reward"}
     for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}"), (taken, f"{', '.join(taken)}: the race's own"),
                        (args.minutes and args.rollouts, "--minutes or --rollouts, not both"),
+                       (args.first_seed < 0, "--first-seed: 0 or more"),
                        (min(args.seeds, args.jobs) < 1, "--seeds and --jobs: 1 or more"),
                        (args.table and not args.csv.exists(), f"{args.csv} does not exist: run the race first")):
         if wrong:

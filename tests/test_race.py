@@ -126,7 +126,7 @@ def test_scripts_accept_every_command_line(method, monkeypatch):
 
 def test_bad_input_is_refused(capsys):
     for line in ("--methods dgop", "--methods slas --variants sde", "--minutes 1 --rollouts 1", "--seed 3", "--jobs 0",
-                 "--table --csv gone.csv"):
+                 "--first-seed -1", "--table --csv gone.csv"):
         with pytest.raises(SystemExit) as end:
             race.main(line.split())
         assert end.value.code == 2 and capsys.readouterr().err
@@ -172,6 +172,24 @@ def test_table_from_a_csv_by_hand(tmp_path, capsys):
     assert {len(row) for row in table} == {10}
     for score in curves.SCORES:
         assert Image.open(tmp_path / f"race-shapes-8-minutes-abacus-{score}.png").width == 4 * 420
+
+
+def test_rollouts_are_one_race_on_all_machines(tmp_path):
+    """Their seconds are not compared: no such target, no such picture. Minutes are a race for each machine. Flow-GRPO's
+    mean curve is .2, 1/3, 1.1/3, so DGPO, from .2 to .5 in 6000 passes, has its best after 6000 x .5/.9."""
+    here = [*FLOW, *OTHERS[:5]]
+    there = [dict(row, machine="loom", seed="2") for row in FLOW[:5] + OTHERS[:5]]
+    assert len(curves.races(here + there)) == 2
+    budget = {"budget": "20 rollouts"}
+    (key, runs), = curves.races([row | budget for row in here + there]).items()
+    assert list(runs["flow-grpo", "base"]) == ["0", "1", "2"] and list(runs["dgpo", "base"]) == ["0", "2"]
+    flow, dgpo = ([cell.strip() for cell in line.split("|")[3:-1]]
+                  for line in curves.table(key, runs).splitlines()[4:])
+    assert flow[0] == "3" and dgpo[0] == "2" and flow[-3] == dgpo[-3] == dgpo[-1] == "nan" and dgpo[-2] == "3,333"
+    curves.pictures(tmp_path / "x", runs)
+    assert Image.open(tmp_path / "x-strict.png").width == 3 * 420
+    (key, alone), = curves.races([row | budget for row in here]).items()
+    assert list(curves.axes_of(alone)) == list(curves.AXES) and "| 110 | 5,000 | 1.00 |" in curves.table(key, alone)
 
 
 def test_points_of_a_run(tmp_path):
@@ -239,6 +257,8 @@ def test_the_choice_is_by_validation_once_all_were_tried():
     assert [(run["method"], run["variant"], run["settings"], run["seed"]) for run in race.plan(args, rows)] == [
         ("dgpo", "base", "--lr 4e-4", 0), ("dgpo", "sde", "--lr 4e-4", 0), ("slas", "base", "", 0),
         ("dgpo", "base", "--lr 4e-4", 1), ("dgpo", "sde", "--lr 4e-4", 1), ("slas", "base", "", 1)]
+    args = race.parsed(["--methods", "slas", "--seeds", "2", "--first-seed", "1"])
+    assert [run["seed"] for run in race.plan(args, rows)] == [1, 2]
 
 
 # =============================================================================================================== runs
