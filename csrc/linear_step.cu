@@ -9,6 +9,7 @@
 // w is the last step's estimate in multistep solvers. x, w, eps and x' may be float where v_cond and u are half.
 // logp comes from the x' that is written, with its rounding, by the same instructions and in the same order whether
 // the step is taken or scored, wherever a row lies: the ratio of a policy to itself is exactly 1.
+#include <cstring>
 #include "common.cuh"
 
 template <typename V> constexpr int kEach = sizeof(V) == 2 ? 8 : 4;        // elements of a thread at a time
@@ -19,23 +20,54 @@ template <typename... Ts> __device__ bool aligned(const Ts*... p) {
     return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
 
-// Elements i .. i + E of a chunk of n, widened; zeros past the end and where there is no tensor. whole: by 16 bytes.
-template <int E, typename T> __device__ Pack<acc_t<T>, E> fetch(const T* p, int i, int n, bool whole) {
-    Pack<acc_t<T>, E> wide;
-    if (p && whole) {
-        auto x = load<E>(p + i);
-        for (int j = 0; j < E; ++j) wide.v[j] = widen(x.v[j]);
-    } else {
-        for (int j = 0; j < E; ++j) wide.v[j] = p && i + j < n ? widen(p[i + j]) : 0;
+template <int N, bool packs> struct By {                                   // N elements, by 16 bytes or one by one
+    static constexpr int size = N;
+    static constexpr bool whole = packs;
+};
+
+// body(i, by) for the elements of a chunk of n, in one order however they lie: E at i, or four by four.
+template <int E, typename F> __device__ void each(int n, bool packs, F body) {
+    for (int i = threadIdx.x * E; i < n; i += blockDim.x * E) {
+        if (packs && i + E <= n) {
+            body(i, By<E, true>());
+            continue;
+        }
+#pragma unroll 1
+        for (int j = i; j < i + E; j += 4) body(j, By<4, false>());
     }
+}
+
+template <typename T, int N> struct Words {                                // N elements as they lie in memory
+    uint32_t w[N * sizeof(T) / 4];
+};
+
+// The elements at i, so that nothing waits for them yet; zeros past n and where there is no tensor.
+template <typename B, typename T> __device__ auto fetch(B, const T* p, int i, int n) {
+    Pack<T, B::size> all{};
+    Words<T, B::size> x{};
+    if constexpr (B::whole) {
+        if (!p) return x;
+        all = load<B::size>(p + i);
+    } else {
+        for (int j = 0; j < B::size; ++j) if (p && i + j < n) all.v[j] = p[i + j];
+    }
+    memcpy(&x, &all, sizeof x);
+    return x;
+}
+
+template <typename T, int N> __device__ Pack<acc_t<T>, N> widen(const Words<T, N>& x) {
+    T all[N];
+    memcpy(all, &x, sizeof x);
+    Pack<acc_t<T>, N> wide;
+    for (int j = 0; j < N; ++j) wide.v[j] = widen(all[j]);
     return wide;
 }
 
-template <int E, typename T> __device__ void put(T* p, int i, int n, bool whole, const Pack<acc_t<T>, E>& wide) {
-    Pack<T, E> x;
-    for (int j = 0; j < E; ++j) x.v[j] = narrow<T>(wide.v[j]);
-    if (whole) return store(p + i, x);
-    for (int j = 0; j < E; ++j) if (i + j < n) p[i + j] = x.v[j];
+template <typename B, typename T> __device__ void put(B, T* p, int i, int n, const Pack<acc_t<T>, B::size>& wide) {
+    Pack<T, B::size> x;
+    for (int j = 0; j < B::size; ++j) x.v[j] = narrow<T>(wide.v[j]);
+    if constexpr (B::whole) store(p + i, x);
+    else for (int j = 0; j < B::size; ++j) if (i + j < n) p[i + j] = x.v[j];
 }
 
 template <typename A, int E> __device__ Pack<A, E> drawn(const NoiseKey& key, int64_t row, int64_t i) {
@@ -57,11 +89,18 @@ template <typename X, typename V> struct Means {                           // of
     __device__ Means(const LinearStep& p, int64_t at)
         : x(from<const X>(p.x, at)), w(from<const X>(p.w, at)), cond(from<const V>(p.cond, at)),
           uncond(from<const V>(p.uncond, at)), a(p.a), b(p.b), s(p.scale), c(p.c) {}
-    __device__ Pack<A, E> operator()(int i, int n, bool whole) const {
-        auto px = fetch<E>(x, i, n, whole), pw = fetch<E>(w, i, n, whole);
-        auto v = fetch<E>(cond, i, n, whole), u = fetch<E>(uncond, i, n, whole);
-        Pack<A, E> mean;
-        for (int j = 0; j < E; ++j) {
+    template <int N> struct Terms {
+        Words<X, N> x, w;
+        Words<V, N> cond, uncond;
+    };
+    template <typename B> __device__ Terms<B::size> terms(B by, int i, int n) const {
+        return {fetch(by, x, i, n), fetch(by, w, i, n), fetch(by, cond, i, n), fetch(by, uncond, i, n)};
+    }
+    template <int N> __device__ Pack<A, N> operator()(const Terms<N>& t) const {
+        auto px = widen(t.x), pw = widen(t.w);
+        auto v = widen(t.cond), u = widen(t.uncond);
+        Pack<A, N> mean;
+        for (int j = 0; j < N; ++j) {
             A g = uncond ? fma(s, v.v[j] - u.v[j], u.v[j]) : v.v[j], m = b * g;
             if (w) m = fma(c, pw.v[j], m);
             mean.v[j] = fma(a, px.v[j], m);
@@ -90,23 +129,25 @@ step(LinearStep p, acc_t<V>* partial, int64_t per_row, LogProb<acc_t<V>> finish)
     auto* out = from<X>(p.out, at);
     bool packs = aligned(means.x, means.w, means.cond, means.uncond, eps, given, out);
     A std = p.std, sum = 0;
-    for (int i = threadIdx.x * E; i < n; i += blockDim.x * E) {
-        bool whole = packs && i + E <= n;
-        auto mean = means(i, n, whole), next = mean;
+    each<E>(n, packs, [&](int i, auto by) {
+        constexpr int N = by.size;
+        auto terms = means.terms(by, i, n);                                // all loads, then what waits for them
+        auto other = fetch(by, given ? given : eps, i, n);
+        auto mean = means(terms), next = mean;
         if (given) {
-            next = fetch<E>(given, i, n, whole);
-            if (out) put(out, i, n, whole, mean);
+            next = widen(other);
+            if (out) put(by, out, i, n, mean);
         } else {
-            auto e = p.draw ? drawn<A, E>(p.key, row, start + i) : fetch<E>(eps, i, n, whole);
+            auto e = p.draw ? drawn<A, N>(p.key, row, start + i) : widen(other);
             if (eps || p.draw)
-                for (int j = 0; j < E; ++j) next.v[j] = widen(narrow<X>(fma(std, e.v[j], mean.v[j])));
-            put(out, i, n, whole, next);
+                for (int j = 0; j < N; ++j) next.v[j] = widen(narrow<X>(fma(std, e.v[j], mean.v[j])));
+            put(by, out, i, n, next);
         }
-        for (int j = 0; j < E; ++j) {
+        for (int j = 0; j < N; ++j) {
             A r = next.v[j] - mean.v[j];
             if (i + j < n) sum = fma(r, r, sum);
         }
-    }
+    });
     if (!p.logp) return;
     sum = block_reduce(sum, [](auto x, auto y) { return x + y; });
     if (threadIdx.x) return;
@@ -125,22 +166,25 @@ __global__ void __launch_bounds__(kThreads) step_backward(LinearStep p, LinearSt
     auto *dx = from<X>(g.x, at), *dw = from<X>(g.w, at);
     auto *dv = from<V>(g.cond, at), *du = from<V>(g.uncond, at);
     bool packs = aligned(means.x, means.w, means.cond, means.uncond, g_out, next, dx, dw, dv, du);
-    A by = g.logp ? A(double(((const A*)g.logp)[row]) / (double(p.d) * p.std * p.std)) : 0;
-    for (int i = threadIdx.x * E; i < n; i += blockDim.x * E) {
-        bool whole = packs && i + E <= n;
-        auto dmean = fetch<E>(g_out, i, n, whole);
+    A factor = g.logp ? A(double(((const A*)g.logp)[row]) / (double(p.d) * p.std * p.std)) : 0;
+    if (!g.logp) means.x = means.w = next = nullptr, means.cond = means.uncond = nullptr;        // not read
+    each<E>(n, packs, [&](int i, auto by) {
+        constexpr int N = by.size;
+        auto terms = means.terms(by, i, n);
+        auto after = fetch(by, next, i, n), g_next = fetch(by, g_out, i, n);
+        auto dmean = widen(g_next);
         if (g.logp) {
-            auto mean = means(i, n, whole), to = fetch<E>(next, i, n, whole);
-            for (int j = 0; j < E; ++j) dmean.v[j] = fma(by, to.v[j] - mean.v[j], dmean.v[j]);
+            auto mean = means(terms), to = widen(after);
+            for (int j = 0; j < N; ++j) dmean.v[j] = fma(factor, to.v[j] - mean.v[j], dmean.v[j]);
         }
         auto give = [&](auto* to, double coefficient) {
             if (!to) return;
             auto scaled = dmean;
-            for (int j = 0; j < E; ++j) scaled.v[j] *= A(coefficient);
-            put(to, i, n, whole, scaled);
+            for (int j = 0; j < N; ++j) scaled.v[j] *= A(coefficient);
+            put(by, to, i, n, scaled);
         };
         give(dx, p.a), give(dw, p.c), give(dv, p.b * p.scale), give(du, p.b * (1 - p.scale));
-    }
+    });
 }
 
 template <typename F> cudaError_t dispatch_pair(Dtype x, Dtype v, F f) {  // x's type is v's or the one that v widens to
