@@ -7,6 +7,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -185,7 +186,7 @@ def world_prompts(split):
         a, b = round(.7 * len(order)), round(.8 * len(order))
         part = {"train": order[:a], "val": order[a:b], "test": order[b:]}[split] if task != "single_object" else scenes
         metas += [meta for scene in part for meta in scene]
-    return metas
+    return copy.deepcopy(metas)                                        # the caller's own
 
 
 def draw_prompts(metas, n, seed):
