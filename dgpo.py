@@ -13,7 +13,7 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
 Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are
 folded into beta, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta.
 The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here. The tiny
-preset's reference is the slow moving average of the weights, not the frozen start: README, "What keeps it stable".
+preset's reference is the slow moving average of the weights, not the frozen start: README, "What keeps DGPO stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
@@ -464,7 +464,7 @@ def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
     """mean |v - v_start|^2 at times t < hold_below, (B,): what the timestep clip leaves untrained is held where it was.
 
     The weights that train at the noisy times serve the others, too, and no loss sees those. There the network drifts
-    until the sampler's last steps paint the patches' grid on the ground; README, "What keeps it stable". Not the
+    until the sampler's last steps paint the patches' grid on the ground; README, "What keeps DGPO stable". Not the
     paper's. x_0, eps: (B, C, H, W); t: (B,) flow times or DDPM steps.
     """
     x_t = noised(x_0, eps, t, ddpm)

@@ -3,10 +3,11 @@
     python tests/curves.py tests/curves.png dgpo=runs/dgpo-00* grpo=runs/grpo-00*
     python tests/curves.py --gold out.png dance=runs/grpo-00* slas=runs/slas-00*       # --eval-reward and --gold-reward
 
-Each argument after the picture is LABEL=FOLDER, or LABEL=FOLDER FOLDER ... as a shell expands it: the folders of one
-label are its seeds, drawn thin, their mean over the common range drawn thick. FOLDER@N is cut after N rollouts.
+Each argument after the picture is LABEL=FOLDER, or LABEL=FOLDER FOLDER ..., stars allowed: the folders of one label
+are its seeds, drawn thin, their mean over the common range drawn thick. FOLDER@N is cut after N rollouts.
 """
 import csv
+import glob
 import io
 import json
 import math
@@ -42,7 +43,8 @@ def main(*arguments):
     for argument in arguments:
         label, _, folder = argument.rpartition("=")
         label = label or list(runs)[-1]
-        runs.setdefault(label, []).append(curve(folder))
+        pattern, at, last = folder.partition("@")
+        runs.setdefault(label, []).extend(curve(found + at + last) for found in sorted(glob.glob(pattern)) or [pattern])
     data.chart(file, {title: {label: [[(row[x], row[y]) for row in rows] for rows in curves]
                               for label, curves in runs.items()} for x, y, title in (GOLD if gold else PANELS)})
     print(f"| method | seeds | last | best | {'gold, first | last | ' * gold}images | passes | seconds |\n"

@@ -206,6 +206,22 @@ def test_points_of_a_run(tmp_path):
     assert [row["split"] for row in race.points({"variant": "tune"}, tmp_path)] == ["val", "val"]
 
 
+def test_curves_of_folders(alone, capsys):
+    """A star is every seed's folder; @N cuts a run after N rollouts; seconds count from a run's first step."""
+    for k, last in enumerate((.5, .7)):
+        rows = [dict(step=n, images=8 * n, forwards=80 * n, seconds=3.0 + n, eval=score, eval_gold=score / 2)
+                for n, score in ((0, .1), (10, .4 + k), (20, last))]
+        Path(f"runs/dgpo-00{k}").mkdir(parents=True)
+        Path(f"runs/dgpo-00{k}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves.main("out.png", "all=runs/dgpo-*", "cut=runs/dgpo-000@10", "runs/dgpo-001")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| all | 2 | 0.500, 0.700 | 0.500, 1.400 | 160 | 1,600 | 20 |",
+        "| cut | 2 | 0.400, 0.700 | 0.400, 1.400 | 120 | 1,200 | 15 |"]
+    curves.main("--gold", "gold.png", "one=runs/dgpo-000")
+    assert "| one | 1 | 0.500 | 0.500 | 0.050 | 0.250 | 160 | 1,600 | 20 |" in capsys.readouterr().out
+    assert all(Image.open(file).width == 3 * 420 for file in ("out.png", "gold.png"))
+
+
 def test_reach():
     line = [(0, .1), (10, .3), (20, .2), (30, .5)]
     found = [curves.reach(line, target) for target in (.1, .2, .3, .4)]
