@@ -38,6 +38,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")         # before torch: a waiting thread soon gives its core to others
 import numpy as np
 import safetensors.torch
 import torch

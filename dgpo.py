@@ -22,10 +22,10 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import data                             # first: torch's threads read how long to wait
 import torch
 import torch.nn.functional as F
 
-import data
 import models
 import rewards
 from csrc import ops

@@ -37,10 +37,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import data                             # first: torch's threads read how long to wait
 import torch
 from tqdm import tqdm
 
-import data
 import models
 import rewards
 from csrc import ops

@@ -31,9 +31,9 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import data                             # first: torch's threads read how long to wait
 import torch
 
-import data
 import models
 import rewards
 from csrc import ops
