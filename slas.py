@@ -193,7 +193,7 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
     """Super-linear advantages, Eq. (6): A_i = sign(dr_i) |dr_i|^(1+gamma), or |dr_i|^gamma (dr_i - lam) to recenter.
 
     reward, group_size: as in group_advantage; gamma >= 0. std says when the batch's std divides: "before", dr; "after",
-    A; "batch", both: A has std 1 for every gamma (the 1e-4 tells it from "after"); "none"; else ValueError. Returns (B,).
+    A; "batch", both: std 1 for every gamma (the 1e-4 tells it from "after"); "none"; else ValueError. Returns (B,).
     """
     stds = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}
     if ops.compiled(reward) or std not in stds:                        # which names the error

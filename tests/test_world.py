@@ -35,8 +35,8 @@ def test_splits_share_no_scene_but_single_objects():
             row = next(line for line in data.world_prompts.__doc__.splitlines() if line.split()[:1] == [split])
             assert row.split()[1 + data.TASKS.index(task)] == str(n)
     assert metas["test"] == data.world_prompts("test")
-    data.world_prompts("test")[0]["include"][0]["class"] = "mine now"
-    assert metas["test"] == data.world_prompts("test")
+    metas["test"][0]["include"][0]["class"] = "mine now"               # a caller's rows are its own
+    assert metas["test"] != data.world_prompts("test")
     assert len({m["prompt"] for rows in metas.values() for m in rows}) == sum(map(len, metas.values())) - 16
 
 
