@@ -146,6 +146,9 @@ def _load_one(name, weights, device):
         raise ValueError(f"unknown reward {name!r}: {', '.join(REWARDS)}, or path/to/file.py:function")
     if not pathlib.Path(path).is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:                                         # the modules beside it, after all others
+        sys.path.append(folder)
     own = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}"
     module_spec = importlib.util.spec_from_file_location(own, path)
     module = sys.modules[own] = importlib.util.module_from_spec(module_spec)               # for dataclasses

@@ -366,6 +366,17 @@ def test_a_file_with_dataclasses(tmp_path):
     assert set(sys.modules) == before
 
 
+def test_a_file_imports_its_neighbour(tmp_path, monkeypatch):
+    """A module beside the file is found, but none that hides another of its name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "a_third.py").write_text("third = 1 / 3\n")
+    (tmp_path / "data.py").write_text("raise AttributeError('not this one')")
+    (tmp_path / "mine.py").write_text("import data\nfrom a_third import third\n\n"
+                                      "def same(images, prompts, metas):\n    return [third] * len(images)\n")
+    score = rewards.load(f"{tmp_path}/mine.py:same")
+    assert score(torch.zeros(2, 3, 4, 4), ["", ""]).tolist() == pytest.approx([1 / 3] * 2)
+
+
 @pytest.mark.parametrize("spec", ["shapes", "tiny-clip", "tiny-clip,shapes-soft:2"])
 def test_no_images_have_no_scores(spec):
     metas, images = scenes(2)
