@@ -1448,6 +1448,8 @@ class Run:
     and backward in training (guidance makes two of one; evaluation and checks are not counted), optimizer updates.
     """
 
+    FILES = ("metrics.jsonl", "evals.jsonl")                          # a row a step, a row an evaluation
+
     def __init__(self, cfg, method):
         self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
         self.method, self.stopping, self.constant, self.norms, self.skipped = method, False, False, [], False
@@ -1519,11 +1521,12 @@ class Run:
             if not self.state:
                 settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
                 write_atomic(self.out / "config.json", settings.encode())
-            with open(self.out / "metrics.jsonl", "ab") as f:
-                if self.state and f.tell() < self.state["written"]:
-                    raise ValueError(f"{self.out / 'metrics.jsonl'} lacks rows from before the checkpoint: bring the "
-                                     f"file back, or choose another --out")
-                f.truncate(self.state["written"] if self.state else 0)
+            for name in self.FILES:
+                with open(self.out / name, "ab") as f:
+                    if self.state and f.tell() < self.state["written"][name]:
+                        raise ValueError(f"{self.out / name} lacks rows from before the checkpoint: bring the file "
+                                         f"back, or choose another --out")
+                    f.truncate(self.state["written"][name] if self.state else 0)
             times, kept = self.out / "times.jsonl", {}
             for row in times.read_text().splitlines() if times.exists() else []:
                 if row.endswith("}") and json.loads(row)["step"] <= self.count["step"]:
@@ -1536,7 +1539,11 @@ class Run:
             tqdm.write(text)
 
     def bar(self, name="", **options):
-        """The progress bar of a training loop, on the first process; without an end where --minutes is what ends it."""
+        """The progress bar of a training loop, on the first process; without an end where --minutes is what ends it.
+
+        The loop's first lap begins here.
+        """
+        self.laps, self.mark = {}, time.perf_counter()
         total = self.cfg.steps if self.cfg.steps < 100000 or self.cfg.minutes >= 1e6 else None
         return tqdm(initial=self.count["step"], total=total, disable=self.rank > 0, desc=name or self.method,
                     unit="step", dynamic_ncols=True, **options)
@@ -1620,27 +1627,37 @@ class Run:
     # -- what is written ----------------------------------------------------------------------------------------------
 
     def log(self, row):
-        """Append a line to metrics.jsonl, the counters and the row, and one to times.jsonl, the laps since the last.
+        """Append a step to metrics.jsonl, the counters and the row, and to times.jsonl, the laps since the last.
 
         Two files, so that all of metrics.jsonl but `seconds` and `memory` is a function of the seed.
         """
         self.lap("rest")
-        times, self.laps = {"step": self.count["step"], **{k: round(v, 4) for k, v in self.laps.items()}}, {}
+        times, self.laps = {"step": self.count["step"], **self.laps}, {}
         self.count["seconds"] = round(time.time() - self.start, 3)
         memory = {"memory": torch.cuda.max_memory_allocated() / 1e9} if self.device.type == "cuda" else {}     # GB
         if self.rank == 0:
             if "eval_gold" in row:
                 row["parted"] = self._parted(row)
-            row = {**self.count, **row, **memory}
-            row |= {key: round(value, 6) for key, value in row.items() if isinstance(value, float)}
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(finite(row), allow_nan=False) + "\n")
-            with open(self.out / "times.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(times) + "\n")
+            self._append("metrics.jsonl", {**self.count, "eval": None, **row, **memory})
+            self._append("times.jsonl", times)
+
+    def log_evals(self, *rows):
+        """Append evaluations to evals.jsonl: the counters and, of each row, `split`, `guidance`, what verdict found."""
+        if self.rank == 0:
+            self._append("evals.jsonl", *({**self.count, "seconds": time.time() - self.start, **row} for row in rows))
+
+    def _append(self, file, *rows):
+        """Lines of JSON at a file's end, floats to six digits after the point."""
+        rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+                for row in rows]
+        with open(self.out / file, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
     def _parted(self, row):
         """Do proxy and gold part ways in this row of an evaluation? Said where the last evaluation's did not say so."""
-        before = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        start, before = ([json.loads(line) for line in (self.out / name).read_text().splitlines()]
+                         for name in ("evals.jsonl", "metrics.jsonl"))
+        before = start[:1] + before                                    # the evaluation before the first step
         found = parting([*before, {**self.count, **row}], evaluated=self.cfg.eval_reward == self.cfg.reward)
         if found and not any([old["parted"] for old in before if "parted" in old][-1:]):
             since, rise, fall = found
@@ -1667,7 +1684,7 @@ class Run:
             if self.world > 1:
                 dist.all_gather_object(big["places"], stream.state())
         if self.rank == 0:
-            written = (self.out / "metrics.jsonl").stat().st_size
+            written = {name: (self.out / name).stat().st_size for name in self.FILES}
             state = {**big, "count": self.count, "norms": self.norms, "written": written}
             write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
             for old in (self.out / "last").glob("shards-*"):
@@ -2152,16 +2169,17 @@ def evaluate(sample, pipe, rows, judges, cfg, run, scale):
 def validate(sample, pipe, val, judges, cfg, run):
     """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
     sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-    return evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
+    row = evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
+    run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
+    return row
 
 
 def log_start(sample, pipe, val, judges, cfg, run):
-    """The first row of a new run's metrics.jsonl: the score before training."""
-    row = validate(sample, pipe, val, judges, cfg, run) if cfg.eval_every else {}
-    if row:
+    """The first row of a new run's evals.jsonl: the score before training."""
+    if cfg.eval_every:
+        row = validate(sample, pipe, val, judges, cfg, run)
         run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
-    run.log(row)
 
 
 def finish(run, pipe, params, start, trained, rows, judges, sample):
@@ -2183,14 +2201,17 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
                 models.save_uvit(pipe, run.out / "model", small)
             else:
                 pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
-    row, tags = {}, {}
-    for when, weights in (("before", start), ("after", trained)):
+    row, tags, found = {}, {}, []
+    for when, weights, count in (("before", start, dict.fromkeys(run.count, 0)), ("after", trained, run.count)):
         with models.using(params, weights):
             result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
             tags[when] = result["tags"]
             row |= {f"{key}_{when}": result[key] for key in ("eval", "eval_gold") if key in result}
+            found.append({**count, "split": "test", "guidance": cfg.cfg_eval, **result})
             if cfg.cfg_also:
-                row[f"also_{when}"] = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_also)["eval"]
+                result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_also)
+                row[f"also_{when}"] = result["eval"]
+                found.append({**count, "split": "test", "guidance": cfg.cfg_also, **result})
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
@@ -2203,7 +2224,7 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
         if run.rank == 0:
             picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
             strip(run.out / "samples")
-    run.log({**row, "tags": tags["after"]})
+    run.log_evals(*found)
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +

@@ -57,7 +57,7 @@ class Config:
     init: str = ""                      # random: random weights at full size, to measure without a download
     stage: str = "rl"                   # compare, rl, train, finetune, sample: the first word of the command line
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
-    preset: str = ""                    # tiny, paper
+    preset: str = ""                    # tiny, paper, or official, the same: no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = "shapes-strict"  # what is reported, before, during and after
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
@@ -178,7 +178,8 @@ PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the pap
 
 def presets(stage):
     """{preset: its numbers} for a stage, as data.cli takes them."""
-    return {"tiny": TINY.get(stage, {}), "paper": {"uvit": PAPER.get(stage, LONG)}}
+    paper = {"uvit": PAPER.get(stage, LONG)}
+    return {"tiny": TINY.get(stage, {}), "official": paper, "paper": paper}
 
 
 # =============================================================================================================== math
@@ -544,7 +545,7 @@ def train(cfg):
     run.begin()
     run.restore(params, ema, opt, stream)
     null = pipe.encode_text([""])
-    bar = run.bar(cfg.stage, mininterval=1)
+    bar, seen = run.bar(cfg.stage, mininterval=1), ""
     while not run.done():
         # 1. Images, some of their captions emptied
         step, share = run.count["step"], run.count["step"] / cfg.steps
@@ -594,14 +595,13 @@ def train(cfg):
         run.count["images"] += cfg.batch
         run.count["forwards"] += cfg.batch
         run.count["backwards"] += cfg.batch
-        look = cfg.eval_every and run.count["step"] % cfg.eval_every == 0
-        if look or run.count["step"] % 20 == 0 or run.count["step"] == cfg.steps:
-            row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
-            if look:
-                with models.using(params, ema):
-                    row |= data.validate(sample, pipe, val, judges, cfg, run)
-            run.log(row)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}" + (f"  val {row['eval']:.3f}" if "eval" in row else ""))
+        row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
+        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
+            with models.using(params, ema):
+                row |= data.validate(sample, pipe, val, judges, cfg, run)
+            seen = f"  val {row['eval']:.3f}"
+        bar.set_postfix_str(f"loss {row['loss']:.4f}{seen}", refresh=False)
+        run.log(row)
         if run.count["step"] % cfg.save_every == 0:
             run.save(params, ema, opt, stream)
         bar.update()
@@ -764,7 +764,7 @@ def sample_stage(cfg):
         data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
     run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
             f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
-    run.log(row)
+    run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
     data.last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None}, time.time() - run.start)
 
 

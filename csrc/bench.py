@@ -215,7 +215,7 @@ def measured(script, name, gigabytes, how, extra=()):
         if done.returncode:
             return dict(seconds=None, error=done.stderr.strip()[-300:] or f"exit code {done.returncode}")
         held = re.search(r"^reserved ([\d.]+) GB$", done.stderr, re.M)
-        taken, steps = ([json.loads(row) for row in (pathlib.Path(folder) / "out" / file).read_text().splitlines()][2]
+        taken, steps = ([json.loads(row) for row in (pathlib.Path(folder) / "out" / file).read_text().splitlines()][1]
                         for file in ("times.jsonl", "metrics.jsonl"))
         size = steps["images"] / steps["step"]
         return dict(rollout=size / taken["rollout"], update=size / taken["update"], peak=steps.get("memory", 0.0),

@@ -28,13 +28,11 @@ GOLD = (("step", "eval", "proxy against rollouts"), ("step", "eval_gold", "gold 
 # ======================================================================================================= runs' folders
 
 def curve(folder):
-    """The validation points of one run: a list of metrics rows that hold `eval`, seconds counted from the first
-    step."""
+    """The validation points of one run: a list of rows of evals.jsonl, seconds counted from the first step."""
     folder, _, last = str(folder).partition("@")
-    rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if not last or row["step"] <= int(last)]
-    start = next(row["seconds"] for row in rows if row["step"] == 0)
-    return [{**row, "seconds": row["seconds"] - start} for row in rows if "eval" in row]
+    rows = [json.loads(line) for line in (pathlib.Path(folder) / "evals.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "val" and (not last or row["step"] <= int(last))]
+    return [{**row, "seconds": row["seconds"] - rows[0]["seconds"]} for row in rows]
 
 
 def main(*arguments):

@@ -116,11 +116,11 @@ def perform(run, args, children):
     folder, card = args.out / name, args.out / f"{name}.json"          # the card: where and how the run began
     with open(args.out / f"{name}.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        begun, metrics = (folder / "config.json").exists(), folder / "metrics.jsonl"
+        begun, evals = (folder / "config.json").exists(), folder / "evals.jsonl"
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             data.write_atomic(card, json.dumps(run, indent=2).encode())
-        if not (metrics.exists() and "eval_after" in (metrics.read_text().splitlines() or [""])[-1]):
+        if not (evals.exists() and '"split": "test"' in evals.read_text()):
             words = command(run, folder) + ["--resume"] * begun
             tqdm.write(f"python {shlex.join(words)}")
             child = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], stdin=subprocess.DEVNULL,
@@ -139,14 +139,12 @@ def points(run, folder):
 
     Seconds count from the first step, validation included, the evaluation at the end not.
     """
-    rows, val = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], curve(folder)
-    end = dict(rows[-1], seconds=rows[-2]["seconds"] - rows[0]["seconds"])
-    found = [("val", row, row["eval_gold"], row["eval"]) for row in val]
+    rows, found = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()], curve(folder)
     if run["variant"] != "tune":
-        found += [("test", row, end[f"eval_gold_{when}"], end[f"eval_{when}"])
-                  for row, when in ((val[0], "before"), (end, "after"))]
-    return [{**run, **{key: round(row[key], 3) for key in ("step", *AXES)}, "split": split, "strict": strict,
-             "proxy": proxy} for split, row, strict, proxy in found]
+        before, after = (row for row in rows if row["split"] == "test")
+        found += [before, dict(after, seconds=after["seconds"] - rows[0]["seconds"])]
+    return [{**run, **{key: round(row[key], 3) for key in ("step", *AXES)}, "split": row["split"],
+             "strict": row["eval_gold"], "proxy": row["eval"]} for row in found]
 
 
 def append(file, rows):

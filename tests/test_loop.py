@@ -56,6 +56,11 @@ def run(module, line):
     return last, rows, torch.load(out / "last" / "state.pt", weights_only=True)
 
 
+def evals(out):
+    """The rows of a run's evals.jsonl."""
+    return [json.loads(row) for row in (Path(out) / "evals.jsonl").read_text().splitlines()]
+
+
 def process(script, line, torchrun=False, **more):
     """The same in processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else []
@@ -114,10 +119,12 @@ if os.environ["RANK"] == "1":
         moved = max(moved, (a - c).abs().max().item())
     assert moved > 1e-3
     assert last["steps"] == 3 and last["images"] == 48
-    for a, b in zip(rows, (json.loads(row) for row in open("two/metrics.jsonl"))):
-        assert a.keys() == b.keys() and a.get("stats", {}) == pytest.approx(b.get("stats", {}), abs=1e-6)
+    for a, b in zip(rows, map(json.loads, open("two/metrics.jsonl")), strict=True):
+        assert a.keys() == b.keys() and a["stats"] == pytest.approx(b["stats"], abs=1e-6)
         assert all(a[key] == b[key] for key in ("step", "updates", "images", "forwards", "backwards", "skipped"))
-        assert all(abs(a[key] - b[key]) < 1e-5 for key in ("reward", "grad_norm", "eval", "eval_after") if key in a)
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in ("reward", "grad_norm"))
+    for a, b in zip(evals("one"), evals("two"), strict=True):
+        assert all(a[key] == b[key] for key in ("split", "guidance", "step")) and abs(a["eval"] - b["eval"]) < 1e-5
 
 
 @BOTH
@@ -145,7 +152,7 @@ def test_overlap_changes_no_number(module, flags):
     (_, rows, state), (_, plain, other) = (run(module, flags(out=str(overlap), overlap=overlap, **settings))
                                            for overlap in (True, False))
     assert same(without_seconds(rows), without_seconds(plain)) and same(state, other)
-    assert [row["rewards"] != {} for row in rows[1:4]] == [True] * 3
+    assert [row["rewards"] != {} for row in rows] == [True] * 3
 
 
 @pytest.mark.parametrize("overlap", (True, False))
@@ -261,15 +268,16 @@ def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
         except Killed:
             kills += 1
             if Path("killed/last/state.pt").exists():
-                with open("killed/metrics.jsonl", "a") as f:           # a row that was not written to its end
-                    f.write('{"step": 99, "rew')
+                for name in data.Run.FILES:                            # a row that was not written to its end
+                    with open(f"killed/{name}", "a") as f:
+                        f.write('{"step": 99, "rew')
             elif not Path("killed/config.json").exists():
                 for path in sorted(Path("killed").rglob("*"), reverse=True):
                     path.rmdir() if path.is_dir() else path.unlink()
         assert kills < 40
     assert kills >= 5
-    again = [json.loads(row) for row in open("killed/metrics.jsonl")]
-    assert without_seconds(again) == without_seconds(rows)
+    assert without_seconds(map(json.loads, open("killed/metrics.jsonl"))) == without_seconds(rows)
+    assert without_seconds(evals("killed")) == without_seconds(evals("whole"))
     assert same(torch.load("killed/last/state.pt", weights_only=True), state)
 
 
@@ -283,11 +291,10 @@ def test_kill_9_at_random_moments_and_resume(module, flags):
         resume = ["--resume"] * Path("killed/config.json").exists()
         child = process(ROOT / f"{module.__name__}.py", line + resume)
         if life < 3:
-            before, wait = file.read_text().count("\n") if file.exists() else 0, rng.randrange(1, 3)
-            end = time.time() + 600
+            wait, end = rng.randrange(1, 3), time.time() + 600
             while child.poll() is None and time.time() < end:          # some rows further on, then any moment
                 if file.exists() and file.stat().st_size and \
-                        (len(file.read_text().splitlines()) - min(before, 1) >= wait + 2 * life):
+                        len(file.read_text().splitlines()) >= wait + 2 * life:
                     break
                 time.sleep(.005)
             time.sleep(rng.random() * .1)
@@ -297,30 +304,37 @@ def test_kill_9_at_random_moments_and_resume(module, flags):
     assert child.returncode == 0 and kills == 3, err
     assert json.loads(out.splitlines()[-1])["steps"] == 8
     assert without_seconds(map(json.loads, open(file))) == without_seconds(rows)
+    assert without_seconds(evals("killed")) == without_seconds(evals("whole"))
     assert same(torch.load("killed/last/state.pt", weights_only=True), state)
 
 
 @BOTH
-def test_resume_goes_on_with_more_steps(module, flags):
-    _, rows, state = run(module, flags(out="whole", steps=4))
-    run(module, flags(out="parts", steps=1))
+def test_resume_goes_on_with_more_steps(module, flags, capsys):
+    _, rows, state = run(module, flags(out="whole", steps=4, eval_every=1))
+    run(module, flags(out="parts", steps=1, eval_every=1))
     with open("parts/times.jsonl", "a") as file:
         file.write('{"step": 2, "rest": 1.0}\n{"step": 3, "ro')            # of steps that a kill has lost
-    last, again, other = run(module, flags(out="parts", steps=4) + ["--resume"])
+    last, again, other = run(module, flags(out="parts", steps=4, eval_every=1) + ["--resume"])
     assert same(state, other) and without_seconds(again) == without_seconds(rows) and last["steps"] == 4
     seconds = [row["seconds"] for row in again]
     assert seconds == sorted(seconds)
     times = [json.loads(line) for line in Path("parts/times.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in times] == [0, 1, 2, 3, 4, 4] and all("update" in row for row in times[1:5])
-    Path("parts/metrics.jsonl").unlink()
-    with pytest.raises(SystemExit):
-        run(module, flags(out="parts", steps=5) + ["--resume"])
+    assert [row["step"] for row in times] == [1, 2, 3, 4] and all("update" in row for row in times)
+    assert without_seconds(evals("parts")) == without_seconds(evals("whole"))
+    for name in data.Run.FILES:
+        whole = Path("parts", name).read_bytes()
+        Path("parts", name).write_bytes(whole[:20])
+        with pytest.raises(SystemExit):
+            run(module, flags(out="parts", steps=5, eval_every=1) + ["--resume"])
+        assert f"parts/{name} lacks rows" in capsys.readouterr().err
+        Path("parts", name).write_bytes(whole)
 
 
 @BOTH
 def test_ctrl_c_saves_and_ends_well(module, flags):
     last, rows, state = run(module, flags(steps=100000, save_every=1000, reward="interrupts"))
-    assert last["steps"] == 3 and state["count"]["step"] == 3 and rows[-1]["step"] == 3 and "eval_after" in rows[-1]
+    assert last["steps"] == 3 and state["count"]["step"] == 3 and rows[-1]["step"] == 3
+    assert evals("out")[-1]["split"] == "test" and evals("out")[-1]["step"] == 3
     _, _, whole = run(module, flags(out="whole", steps=3, reward="red"))
     assert same(state["params"], whole["params"])
 
@@ -393,10 +407,20 @@ def test_outputs(module, flags, random_model):
     assert last["method"] == {"dgpo": "dgpo", "grpo": "flow"}[module.__name__]
     counters = {"step", "updates", "images", "forwards", "backwards", "skipped", "seconds"}
     assert all(counters <= set(row) for row in rows)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3] and [row["updates"] for row in rows] == [0, 2, 4, 6, 6]
-    assert all({"eval", "tags", "eval_gold", "gold_error", "parted"} <= set(rows[i]) for i in (0, 2))
-    assert rows[4]["eval_before"] == pytest.approx(last["eval_before"], abs=1e-4)
-    assert {"reward", "failed", "loss", "kl", "grad_norm", "stats"} <= set(rows[1])
+    assert [row["step"] for row in rows] == [1, 2, 3] and [row["updates"] for row in rows] == [2, 4, 6]
+    like = {"dgpo": "dsm", "grpo": "ratio"}[module.__name__]
+    assert all({"reward", "failed", "loss", "eval", "kl", like, "grad_norm", "stats"} <= set(row) for row in rows)
+    assert [row["eval"] is None for row in rows] == [True, False, True]
+    assert {"tags", "eval_error", "eval_gold", "gold_error", "parted"} <= set(rows[1])
+    found = evals("out")
+    assert [(row["split"], row["guidance"], row["step"]) for row in found] == [
+        ("val", 1, 0), ("val", 1, 2), ("test", 1, 0), ("test", 3, 0), ("test", 1, 3), ("test", 3, 3)]
+    assert all(counters | {"eval", "eval_error", "eval_gold", "gold_error", "tags"} <= set(row) for row in found)
+    assert found[1]["eval"] == rows[1]["eval"] and found[1]["images"] == rows[1]["images"]
+    assert [row["eval"] for row in found[2:]] == pytest.approx(
+        [last[key] for key in ("eval_before", "also_before", "eval_after", "also_after")], abs=1e-4)
+    assert found[2]["seconds"] == 0 < found[0]["seconds"] < found[1]["seconds"] < found[4]["seconds"] <= \
+        rows[2]["seconds"] == found[5]["seconds"]
     saved = json.loads(Path("out/config.json").read_text())
     assert saved["steps"] == 3 and set(saved) == set(module.Config.__dataclass_fields__)
     times = [json.loads(line) for line in Path("out/times.jsonl").read_text().splitlines()]
@@ -405,7 +429,7 @@ def test_outputs(module, flags, random_model):
         taken = sum(value for key, value in row.items() if key != "step")
         assert taken == pytest.approx(after["seconds"] - before["seconds"], abs=.02)
     assert all(set(row) == {"step", "rollout", "reward", "update", "rest"} and min(row.values()) > 0
-               for row in times[1:4])
+               for row in times)
     assert Path("out/samples/before_after.png").stat().st_size > 1000
     net = models.MMDiT.from_pretrained("out/transformer")              # the moving average, which was evaluated
     assert all(torch.equal(p, e) for p, e in zip(net.parameters(), state["ema"]))
@@ -422,7 +446,7 @@ def test_default_out_is_a_free_folder(module, flags):
 def test_evaluation_uses_the_moving_average(flags):
     """With a decay of almost 1 the average has not moved: neither has what is evaluated and saved. --ema 0: it has."""
     still, rows, _ = run(dgpo, flags(out="still", ema=1 - 1e-12, lr=1e-2, eval_every=1))
-    assert still["eval_after"] == still["eval_before"] and rows[1]["eval"] == rows[2]["eval"]
+    assert still["eval_after"] == still["eval_before"] and rows[0]["eval"] == rows[1]["eval"]
     moved, rows, state = run(dgpo, flags(out="moved", ema=0, ref="start", lr=1e-2, eval_every=1))
     assert moved["eval_after"] != moved["eval_before"] and state["ema"] == []
     net = models.MMDiT.from_pretrained("moved/transformer")
@@ -523,7 +547,7 @@ def test_grpo_counts_network_passes(settings, flags, monkeypatch):
         _, rows, _ = run(grpo, flags(**settings))
     train = 1 + (settings.get("cfg_train", 1) != 1)
     passes = 1 + settings.get("cfg_detach", False)                     # of a step scored, for each that is trained
-    seen["forwards"] -= rows[1]["backwards"] * passes                  # 8 images, the first rollout's trained steps
+    seen["forwards"] -= rows[0]["backwards"] * passes                  # 8 images, the first rollout's trained steps
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
 
 
@@ -534,7 +558,7 @@ def test_grpo_counts_network_passes(settings, flags, monkeypatch):
 def test_a_few_failed_rewards_are_masked(module, reward, flags):
     settings = dict(groups=4, steps=2)
     last, rows, state = run(module, flags(reward=reward, eval_reward="some_nan", eval_images=32, **settings))
-    assert [row["failed"] for row in rows[1:3]] == [1, 1]
+    assert [row["failed"] for row in rows] == [1, 1]
     assert all(math.isfinite(last[key]) for key in ("eval_before", "eval_after"))
     assert all(p.isfinite().all() for p in state["params"])
     _, _, clean = run(module, flags(out="clean", **settings))
@@ -559,7 +583,7 @@ def test_a_nan_gradient_is_skipped_and_training_goes_on(module, flags, monkeypat
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
     last, rows, state = run(module, flags(steps=3, updates=1))
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1] and len(steps) == 2 and state["count"]["updates"] == 3
-    assert rows[2]["grad_norm"] is None and math.isfinite(rows[3]["grad_norm"])
+    assert rows[1]["grad_norm"] is None and math.isfinite(rows[2]["grad_norm"])
     assert all(p.isfinite().all() for p in state["params"]) and math.isfinite(last["eval_after"])
     assert all(s["step"] == 2 for s in state["opt"]["state"].values())
 
@@ -638,8 +662,8 @@ GRPO_MODES = (
 def test_every_mode_trains(module, settings, flags, random_model):
     settings = {"eval_steps": 1, "eval_images": 2, **settings}
     last, rows, state = run(module, flags(**settings))
-    assert last["steps"] == 2 and rows[2]["failed"] == 0 and rows[2]["skipped"] == 0
-    assert all(math.isfinite(rows[2][key]) for key in ("loss", "kl", "grad_norm")) and rows[2]["grad_norm"] > 0
+    assert last["steps"] == 2 and rows[1]["failed"] == 0 and rows[1]["skipped"] == 0
+    assert all(math.isfinite(rows[1][key]) for key in ("loss", "kl", "grad_norm")) and rows[1]["grad_norm"] > 0
     assert all(p.isfinite().all() for p in state["params"])
     assert moved({"params": [p.float() for p in state["params"]]}, random_model) > 1e-4
 
@@ -748,8 +772,8 @@ def test_lora(module, flags, random_model):
 
 def test_prompts_from_a_file(flags):
     Path("prompts.txt").write_text("a red circle\na blue square and a star\n", encoding="utf-8")
-    last, rows, _ = run(dgpo, [*flags(), "--prompts", "prompts.txt"])
-    assert last["steps"] == 2 and rows[-1]["tags"].keys() == {"all"}
+    last, *_ = run(dgpo, [*flags(), "--prompts", "prompts.txt"])
+    assert last["steps"] == 2 and evals("out")[-1]["tags"].keys() == {"all"}
 
 
 # =============================================================================================================== lift

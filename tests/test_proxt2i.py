@@ -360,8 +360,8 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     last = run(line, capsys)
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-12) and rows[1]["backwards"] == 4 * 2 + 2
-    assert rows[1]["hold"] < 1e-12                                     # nothing had moved yet
+    assert rows[0]["ratio"] == pytest.approx(1, abs=1e-12) and rows[0]["backwards"] == 4 * 2 + 2
+    assert rows[0]["hold"] < 1e-12                                     # nothing had moved yet
     again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
@@ -378,7 +378,7 @@ def test_overlap_changes_no_number(fresh, tmp_path, capsys, monkeypatch, reward_
         states.append(([row | {"seconds": 0} for row in rows],
                        torch.load(f"{flag[2:]}/last/state.pt", weights_only=True)["params"]))
     (rows, params), (plain, others) = states
-    assert rows == plain and rows[1]["reward"] != 0 and all(map(torch.equal, params, others))
+    assert rows == plain and rows[0]["reward"] != 0 and all(map(torch.equal, params, others))
 
 
 def test_two_processes_train_the_same_weights(fresh, tmp_path, capsys, monkeypatch, reward_file):
@@ -396,8 +396,8 @@ def test_two_processes_train_the_same_weights(fresh, tmp_path, capsys, monkeypat
     rows, others = ([json.loads(row) for row in Path(name, "metrics.jsonl").read_text().splitlines()]
                     for name in ("one", "two"))
     for key in ("hold", "loss", "kl", "forwards", "backwards"):
-        assert rows[2][key] == pytest.approx(others[2][key], rel=1e-6), key
-    assert rows[2]["hold"] > 0
+        assert rows[1][key] == pytest.approx(others[1][key], rel=1e-6), key
+    assert rows[1]["hold"] > 0
 
 
 def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkeypatch, reward_file):
@@ -525,9 +525,10 @@ def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
 
 def test_presets(monkeypatch):
     """Of the paper's sizes, without a word about the model, and for it without a word about the preset."""
-    for line in (["--preset", "paper"], ["--model", "uvit"]):
+    for line in (["--preset", "paper"], ["--model", "uvit"], ["--preset", "official"]):
         cfg = data.cli(proxt2i.Config, proxt2i.presets("rl"), line)
-        assert (cfg.model, cfg.preset, cfg.groups, cfg.group_size, cfg.hold) == ("uvit", "paper", 72, 24, 0)
+        assert (cfg.model, cfg.groups, cfg.group_size, cfg.hold) == ("uvit", 72, 24, 0)
+        assert cfg.preset == ("official" if "official" in line else "paper")
         assert cfg.prompts == "data/prompts.txt" and not cfg.gold_reward
     monkeypatch.setenv("WORLD_SIZE", "8")
     cfg = data.cli(proxt2i.Config, proxt2i.presets("train"), ["--model", "uvit", "--stage", "train", "--groups", "9"])

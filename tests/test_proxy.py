@@ -18,7 +18,7 @@ import grpo                                                            # noqa: E
 import models                                                          # noqa: E402
 import rewards                                                         # noqa: E402
 from test_command_line import refused, small                           # noqa: E402, F401 (fixtures)
-from test_loop import flags, run, without_seconds                      # noqa: E402, F401
+from test_loop import evals, flags, run, without_seconds               # noqa: E402, F401
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -237,11 +237,11 @@ def test_a_run_says_once_when_proxy_and_gold_part_ways(flags, reward_file, monke
     settings = dict(group_size=8, lr=3e-3, noise_level=1.0, val_images=96, eval_every=4, save_every=6,
                     gold_reward=f"{reward_file}:blue")
     _, rows, _ = run(grpo, flags(steps=12, **settings))
-    evaluated = [row for row in rows if "eval" in row]
+    evaluated = [row for row in rows if "eval_gold" in row]
     assert all(row["eval_gold"] == pytest.approx(-row["eval"], abs=2e-6) for row in evaluated)
-    assert evaluated[-1]["eval_gold"] < evaluated[0]["eval_gold"] and not evaluated[0]["parted"]
-    partings = sum(b["parted"] and not a["parted"] for a, b in zip(evaluated, evaluated[1:]))
-    assert partings == sum("part ways" in text for text in said) >= 1
+    assert evaluated[-1]["eval_gold"] < evaluated[0]["eval_gold"] < evals("out")[0]["eval_gold"]
+    parted = [False, *(row["parted"] for row in evaluated)]
+    assert sum(b and not a for a, b in zip(parted, parted[1:])) == sum("part ways" in text for text in said) >= 1
     run(grpo, flags(steps=6, out="again", **settings))
     _, again, _ = run(grpo, [*flags(steps=12, out="again", **settings), "--resume"])
     assert without_seconds(again) == without_seconds(rows)

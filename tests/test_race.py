@@ -194,12 +194,12 @@ def test_rollouts_are_one_race_on_all_machines(tmp_path):
 
 def test_points_of_a_run(tmp_path):
     """Seconds count from the first step to the last; a tuning run's test score is not read."""
-    metrics = [dict(step=0, updates=0, images=0, forwards=0, seconds=5.0, eval=.1, eval_gold=.2),
-               dict(step=1, updates=2, images=8, forwards=40, seconds=9.0, eval=.3, eval_gold=.4),
-               dict(step=2, updates=4, images=16, forwards=80, seconds=12.0),
-               dict(step=2, updates=4, images=16, forwards=80, seconds=60.0, eval_before=.15, eval_gold_before=.25,
-                    eval_after=.35, eval_gold_after=.45)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    none, end = dict(step=0, updates=0, images=0, forwards=0), dict(step=2, updates=4, images=16, forwards=80)
+    evals = [dict(none, split="val", seconds=5.0, eval=.1, eval_gold=.2),
+             dict(split="val", step=1, updates=2, images=8, forwards=40, seconds=9.0, eval=.3, eval_gold=.4),
+             dict(none, split="test", seconds=0, eval=.15, eval_gold=.25),
+             dict(end, split="test", seconds=12.0, eval=.35, eval_gold=.45)]
+    (tmp_path / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
     found = race.points({"variant": "base"}, tmp_path)
     assert [[row[key] for key in ("split", "step", "forwards", "seconds", "strict", "proxy")] for row in found] == [
         ["val", 0, 0, 0, .2, .1], ["val", 1, 40, 4, .4, .3], ["test", 0, 0, 0, .25, .15], ["test", 2, 80, 7, .45, .35]]
@@ -209,10 +209,11 @@ def test_points_of_a_run(tmp_path):
 def test_curves_of_folders(alone, capsys):
     """A star is every seed's folder; @N cuts a run after N rollouts; seconds count from a run's first step."""
     for k, last in enumerate((.5, .7)):
-        rows = [dict(step=n, images=8 * n, forwards=80 * n, seconds=3.0 + n, eval=score, eval_gold=score / 2)
-                for n, score in ((0, .1), (10, .4 + k), (20, last))]
+        rows = [dict(split="val", step=n, images=8 * n, forwards=80 * n, seconds=3.0 + n, eval=score,
+                     eval_gold=score / 2) for n, score in ((0, .1), (10, .4 + k), (20, last))]
+        rows.append(dict(rows[-1], split="test", eval=9.0))
         Path(f"runs/dgpo-00{k}").mkdir(parents=True)
-        Path(f"runs/dgpo-00{k}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(f"runs/dgpo-00{k}/evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves.main("out.png", "all=runs/dgpo-*", "cut=runs/dgpo-000@10", "runs/dgpo-001")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| all | 2 | 0.500, 0.700 | 0.500, 1.400 | 160 | 1,600 | 20 |",
@@ -332,14 +333,14 @@ def test_kills_lose_nothing(flags, capsys):
     assert {row["method"] for row in curves.read(Path("race.csv"))} == {"flow-grpo"}
     kill_run("dgpo")
     capsys.readouterr()
-    assert "eval_after" not in next(Path("runs").glob("dgpo-*/metrics.jsonl")).read_text()
+    assert '"test"' not in next(Path("runs").glob("dgpo-*/evals.jsonl")).read_text()
     assert race.main(flags) == 0
     said = capsys.readouterr().out
     assert said.count("python ") == 1 and "python dgpo.py" in said and "--resume" in said
     rows, whole = curves.read(Path("race.csv")), Path("race.csv").read_bytes()
     for method in ("flow-grpo", "dgpo"):
         mine = [row for row in rows if row["method"] == method]
-        assert [row["step"] for row in mine] == [0, 1, 2, 3, 0, 3] and steps(method) == [0, 1, 2, 3, 3]
+        assert [row["step"] for row in mine] == [0, 1, 2, 3, 0, 3] and steps(method) == [1, 2, 3]
         assert [row["split"] for row in mine] == ["val"] * 4 + ["test"] * 2
         assert all(a["seconds"] <= b["seconds"] for a, b in zip(mine[:4], mine[1:4]))
         assert mine[-1]["images"] == 24 and mine[-1]["forwards"] > 0
