@@ -862,7 +862,7 @@ class UViT(nn.Module):
             # What moves the prox is lambda's ratio, not its difference, and lambda is 1e-3 to 38: hence the logarithm,
             # -7 to 3.6. Times 10, the fastest wave turns once per factor 1.9 in lambda: smooth between the few values
             # of a training grid, while one percent of lambda is still a tenth of a radian.
-            lam = self.lambda_embed(sinusoid(10 * lam.float().log(), dim).to(x.dtype))[:, None]
+            lam = self.lambda_embed(sinusoid(10 * lam.float().clamp(min=1e-12).log(), dim).to(x.dtype))[:, None]
             x = torch.cat([lam + self.lambda_pos, x], dim=1)                             # (B, [1 +] 1 + L + h w, D)
         skips = []
         for block in self.in_blocks:
@@ -2002,6 +2002,8 @@ class LoRALinear(nn.Linear):
     """
 
     def forward(self, x):
+        if self.lora_merged:                                           # compiled blocks look at this: one graph each
+            return super().forward(x)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return super().forward(x) + self.lora_scale * F.linear(F.linear(x, a), b)
 
@@ -2032,7 +2034,7 @@ def add_lora(net, rank, alpha, targets):
     for name, module in linear.items():
         if ("." + name).endswith(tuple("." + target for target in targets)):
             module.__class__ = LoRALinear
-            module.lora_scale, device = alpha / rank, module.weight.device
+            module.lora_scale, module.lora_merged, device = alpha / rank, False, module.weight.device
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
             module.lora_A = nn.Parameter(torch.randn(rank, module.in_features, device=device, dtype=dtype) / rank)
             module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device, dtype=dtype))
@@ -2051,17 +2053,17 @@ def merged(net, on=True):
     In bf16 the sum is rounded to the weights' dtype, so the network is not quite the trained one: for evaluation, and
     rollouts whose log-probs nobody asks for. The weights' own values wait beside, and come back bit for bit.
     """
-    layers = lora_layers(net).values() if on else ()
+    layers = [module for module in lora_layers(net).values() if on and not module.lora_merged]
     own = [module.weight.data for module in layers]
     try:
         for module in layers:
             update = module.lora_scale * module.lora_B.data @ module.lora_A.data                 # (out, in) float32
             module.weight.data = (module.weight.data + update).to(module.weight.dtype)
-            module.__class__ = nn.Linear
+            module.lora_merged = True
         yield
     finally:
         for module, weight in zip(layers, own):
-            module.weight.data, module.__class__ = weight, LoRALinear
+            module.weight.data, module.lora_merged = weight, False
 
 
 def save_lora(net, file):
@@ -2120,40 +2122,37 @@ def lora_file_scale(file):
 
 
 def load_lora(net, file):
-    """Read a LoRA of `save_lora`, diffusers or peft into a network that `add_lora` prepared, strictly.
+    """Read a LoRA of `save_lora`, diffusers or peft into a network, strictly. file: a folder of the latter two, too.
 
-    file: a folder of peft's or diffusers' too. The network keeps its own alpha / rank: B takes up the file's. Raises as
-    `lora_file`, `lora_file_scale` and `read_tensors` do, and ValueError for a network that add_lora did not prepare.
+    A network that `add_lora` prepared keeps its own alpha / rank: B takes up the file's. One without a LoRA gets the
+    file's, on its layers and at its rank. Raises as `lora_file`, `lora_file_scale`, `add_lora` and `read_tensors` do,
+    and ValueError where the ranks differ.
     """
-    layers, file = lora_layers(net), lora_file(file)
-    if not layers:
-        raise ValueError(f"{file}: the network has no LoRA to read it into: call add_lora first, or run_lora instead")
+    file, end = lora_file(file), ".lora_A.weight"
     scale = lora_file_scale(file)
-    want = {f"{name}.{part}.weight": getattr(module, part)
-            for name, module in layers.items() for part in ("lora_A", "lora_B")}
 
     def rename(key):
         key = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")    # diffusers' scripts for SD1
         return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
+    if not lora_layers(net):
+        with safe_open(file, framework="pt") as tensors:
+            ranks = {rename(key).removesuffix(end): tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
+                     if rename(key).endswith(end)}
+        if len(set(ranks.values())) != 1:
+            raise ValueError(f"{file} holds no LoRA of one rank, but {sorted(set(ranks.values())) or 'none'}")
+        rank = next(iter(ranks.values()))
+        try:
+            add_lora(net, rank, rank, ranks)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    layers = lora_layers(net)
+    want = {f"{name}.{part}.weight": getattr(module, part)
+            for name, module in layers.items() for part in ("lora_A", "lora_B")}
     with torch.no_grad():
         for name, tensor in read_tensors([file], want, rename):
             want[name].copy_(tensor)
         for module in layers.values():
             module.lora_B *= scale / module.lora_scale
-
-
-def run_lora(net, file):
-    """Give a network the LoRA of a file at the file's own rank, to be run as it is. Raises as `load_lora` does."""
-    file = lora_file(file)
-    lora_file_scale(file)                                             # names a file that is damaged
-    with safe_open(file, framework="pt") as tensors:
-        ranks = {tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
-                 if key.endswith((".lora_A.weight", ".lora.down.weight"))}               # a UNet has down_blocks
-    if len(ranks) != 1:
-        raise ValueError(f"{file} holds no LoRA of one rank, but {sorted(ranks) or 'none'}")
-    rank = ranks.pop()
-    add_lora(net, rank, rank, net.lora_targets)
-    load_lora(net, file)
 
 
 @contextlib.contextmanager

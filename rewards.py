@@ -2744,7 +2744,7 @@ def bench_model(args):
     if part:
         pipe.net = type(pipe.net).from_pretrained(part, dtype, args.device)
     if lora:
-        models.run_lora(pipe.net, lora)
+        models.load_lora(pipe.net, lora)
     if uvit:
         cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score")
     pipe.guidance = getattr(cfg, "guidance", pipe.guidance)

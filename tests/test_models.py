@@ -808,7 +808,7 @@ def test_load_lora_reads_what_peft_wrote(tmp_path):
     renamed = shutil.copy(tmp_path / "lora" / "adapter_model.safetensors", tmp_path / "lora" / "renamed.safetensors")
     for path in (tmp_path / "lora", renamed):
         bare = MMDiT.from_pretrained(tmp_path)
-        models.run_lora(bare, path)
+        models.load_lora(bare, path)
         assert_equal(bare(*inputs).detach(), want)
     (tmp_path / "lora" / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
@@ -824,6 +824,24 @@ def test_save_lora_and_load_lora_are_inverse(tmp_path):
     for p, q in zip(params, models.trainable(ours), strict=True):
         torch.testing.assert_close(p, q, rtol=3e-7, atol=0)             # B is multiplied by 1.5 and divided again
     assert models.trainable(again) == params and all(p.is_leaf and p.grad is None for p in params)
+
+
+def test_load_lora_into_a_bare_network(tmp_path):
+    """On the layers that the file has and no others, at its rank; other ranks side by side are refused."""
+    MMDiT(**SD35M).save_pretrained(tmp_path)
+    ours, bare = MMDiT.from_pretrained(tmp_path), MMDiT.from_pretrained(tmp_path)
+    for p in models.add_lora(ours, 3, 7.0, ("0.attn.to_q", "attn.to_out.0")):
+        torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(p.numel()))
+    models.save_lora(ours, tmp_path / "lora.safetensors")
+    models.load_lora(bare, tmp_path / "lora.safetensors")
+    inputs = mmdit_inputs(SD35M)
+    torch.testing.assert_close(bare(*inputs), ours(*inputs), rtol=1e-5, atol=1e-6)
+    assert models.lora_layers(bare).keys() == models.lora_layers(ours).keys()
+    assert [p.shape for p in models.trainable(bare)] == [p.shape for p in models.trainable(ours)]
+    edit_tensors(tmp_path / "lora.safetensors", lambda state: state.update(
+        {key: t[:2] for key, t in state.items() if key.endswith("0.attn.to_q.lora_A.weight")}))
+    with pytest.raises(ValueError, match=r"no LoRA of one rank, but \[2, 3\]"):
+        models.load_lora(MMDiT.from_pretrained(tmp_path), tmp_path / "lora.safetensors")
 
 
 LORA_B = "transformer_blocks.0.attn.to_q.lora_B.weight"
@@ -874,9 +892,12 @@ def test_add_lora_errors(tmp_path):
             models.add_lora(net, 4, 1.0, targets)
     with pytest.raises(ValueError, match="no LoRA to write: call add_lora"):
         models.save_lora(net, tmp_path / "lora.safetensors")
-    save_file({}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"lora\.safetensors: the network has no LoRA .*: call add_lora first"):
-        models.load_lora(net, tmp_path / "lora.safetensors")
+    unknown = {"transformer.x.lora_A.weight": torch.ones(4, 8)}
+    for tensors, message in (({}, "no LoRA of one rank, but none"), (unknown, "the LoRA target x ends the name of no")):
+        save_file(tensors, tmp_path / "lora.safetensors")
+        with pytest.raises(ValueError, match=rf"lora\.safetensors.* {message}"):
+            models.load_lora(net, tmp_path / "lora.safetensors")
+    assert not models.lora_layers(net)
     models.add_lora(net, 4, 1.0, models.MMDiT.lora_targets)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent does not exist"):
         models.save_lora(net, tmp_path / "absent" / "lora.safetensors")

@@ -778,7 +778,7 @@ def test_load_lora_reads_what_diffusers_wrote(family, save, alpha, saved, tmp_pa
     near(*pair(ours, theirs, family))
     assert {layer.lora_scale for layer in models.lora_layers(ours).values()} == {ALPHA / RANK}
     bare = models.load(str(saved[family][0])).net
-    models.run_lora(bare, file)                                        # whose layers may be in down_blocks
+    models.load_lora(bare, file)                                        # whose layers may be in down_blocks
     near(*pair(bare, theirs, family))
 
 
@@ -806,12 +806,16 @@ def test_merged_is_the_lora_and_gives_the_weights_back(family, saved):
 
     def untouched():
         return (all(torch.equal(tensor, own[name]) for name, tensor in net.state_dict().items())
-                and [p.data_ptr() for p in net.parameters()] == pointers and models.lora_layers(net) == layers)
+                and [p.data_ptr() for p in net.parameters()] == pointers and models.lora_layers(net) == layers
+                and not any(layer.lora_merged for layer in layers.values()))
     with torch.no_grad():
         want = net(*inputs)
         with models.merged(net):
-            assert not models.lora_layers(net) and not untouched()
+            assert all(layer.lora_merged for layer in layers.values()) and not untouched()
             near(net(*inputs), want)
+            with models.merged(net):                                   # once is enough
+                near(net(*inputs), want)
+            assert all(layer.lora_merged for layer in layers.values())
         assert untouched() and torch.equal(net(*inputs), want)
         with models.merged(net, on=False):
             assert untouched() and torch.equal(net(*inputs), want)

@@ -156,6 +156,15 @@ def test_in_bfloat16_a_network_is_as_exact_as_the_reference(name):
     assert 0 < (ours.double() - exact).abs().mean() <= 2 * (theirs.double() - exact).abs().mean()
 
 
+def test_a_lambda_of_0_is_a_very_small_one():
+    """Where the proximal operator is the identity: no NaN of its logarithm."""
+    torch.manual_seed(0)
+    net, x = UViT(**SMALL, lam=True).init_weights(), torch.randn(2, SMALL["in_chans"], 8, 8)
+    context = torch.randn(2, SMALL["num_clip_token"], SMALL["clip_dim"])
+    outs = [net(x, torch.tensor([.2, .7]), torch.full((2,), lam), context) for lam in (0.0, 1e-12)]
+    assert outs[0].isfinite().all() and torch.equal(*outs)
+
+
 def test_the_latest_skip_is_taken_first():
     net, seen = network("patches of 4, deeper"), {}
     for key in ("in_blocks", "out_blocks"):
