@@ -1204,7 +1204,8 @@ def cli(config, presets, argv=None, defaults=None):
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
     that are given, --gpu-memory's between them, and `defaults`, {method: {field: value}}, under all. No --preset is
-    "official" for a public model's name, else "tiny". Returns the dataclass, whose __post_init__ may raise ValueError.
+    "official" for a public model's name, else "tiny". Where only --groups or --sample-steps is given, updates and
+    train_steps come down to what they allow. Returns the dataclass, whose __post_init__ may raise ValueError.
     """
     import models
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
@@ -1245,6 +1246,11 @@ def cli(config, presets, argv=None, defaults=None):
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, now["fsdp"],
                                   models.parameter_count(model, values.get("weights", "")))
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
+    full = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(config)}
+    if "train_steps" in full:                                          # policy gradients: what was not given fits
+        fit = {"updates": math.gcd(full["updates"], full["groups"]),
+               "train_steps": min(full["train_steps"], full["sample_steps"])}
+        values |= {name: value for name, value in fit.items() if name not in given}
     cfg = config(**values)
     if typed.get("fused"):
         from csrc import ops
@@ -1290,6 +1296,14 @@ def choose(name, value, options):
         raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(map(str, options))}")
 
 
+def number(text):
+    """A float of a text, or of a number; NaN for any other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def counts(name, text):
     """The numbers of steps in a comma-separated list. Raises ValueError for anything else, or less than 1."""
     try:
@@ -1312,8 +1326,8 @@ def check_device(name, device):
 def check_common(cfg):
     """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
     import models
-    if not cfg.gold_reward and cfg.prompts == "shapes":                # the only prompts that it can check
-        cfg.gold_reward = "shapes-strict"
+    exact = "shapes-strict" if cfg.prompts == "shapes" else ""        # the only prompts that it can check
+    cfg.eval_reward, cfg.gold_reward = cfg.eval_reward or exact or cfg.reward, cfg.gold_reward or exact
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.group_size < 2:
         raise ValueError(f"--group-size {cfg.group_size}: an advantage compares images of one prompt, so 2 or more")
@@ -1549,8 +1563,9 @@ class Run:
                     unit="step", dynamic_ncols=True, **options)
 
     def done(self):
-        """Is it time to end: all steps, the minutes used up, or a signal? The same answer on every process."""
-        over = self.count["step"] >= self.cfg.steps or time.time() - self.start > 60 * self.cfg.minutes or self.stopping
+        """Is it time to end: all steps, the minutes used up (after a step), or a signal? The same on every process."""
+        late = self.count["step"] and time.time() - self.start > 60 * self.cfg.minutes
+        over = self.count["step"] >= self.cfg.steps or late or self.stopping
         return bool(self.sum(torch.tensor(float(over)))) if self.world > 1 else over
 
     # -- exchange between processes: rewards, gradients, sums ---------------------------------------------------------

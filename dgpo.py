@@ -41,7 +41,7 @@ class Config:
     method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
     preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
@@ -196,7 +196,7 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     if not dsm.shape == dsm_ref.shape == adv.shape or len(dsm) % group_size:
         raise ValueError(f"dgpo_loss: {len(dsm)}, {len(dsm_ref)}, {len(adv)} values do not fill groups of {group_size}")
     if ops.compiled(dsm):
-        return ops.dgpo_loss(dsm, dsm_ref, adv, group_size, beta)
+        return ops.dgpo_loss(dsm, dsm_ref.to(dsm.dtype), adv.to(dsm.dtype), group_size, beta)
     z = beta / group_size * (adv * (dsm - dsm_ref)).view(-1, group_size).sum(1)            # (P,)
     return -F.logsigmoid(-z).mean()
 
@@ -288,7 +288,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
-    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so where t > t_cap, t_cap < 1, the
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so from t = .999 on t_cap < 1, the
                   schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
@@ -305,12 +305,14 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     elif kind in ("flow", "dance"):
         if kind == "flow" and t == 1 and t_cap is None:
             raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
-        cap = t if t_cap is None else min(t, t_cap)
+        cap = t if t_cap is None or t < .999 else t_cap
         s = noise_level * (math.sqrt(t / (1 - cap)) if kind == "flow" else 1)
         std = s * math.sqrt(-dt)
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
         raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
+    if eps is None and x_next is None and std:
+        raise ValueError("sde_step: give eps to take the step, or x_next to score one taken")
     if x_next is None:
         x_next = mean + std * eps if std else mean
     if not std:
@@ -329,6 +331,8 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
     x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
     std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
+    if eps is None and x_next is None and std:
+        raise ValueError("ddim_step: give eps to take the step, or x_next to score one taken")
     if x_next is None:
         x_next = mean + std * eps if std else mean
     if not std:

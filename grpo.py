@@ -37,7 +37,7 @@ class Config:
     method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
@@ -249,7 +249,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
-    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so where t > t_cap, t_cap < 1, the
+    kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so from t = .999 on t_cap < 1, the
                   schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
@@ -266,12 +266,14 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
     elif kind in ("flow", "dance"):
         if kind == "flow" and t == 1 and t_cap is None:
             raise ValueError("sde_step: at t = 1 the noise of kind 'flow' is infinite; give t_cap, the second time")
-        cap = t if t_cap is None else min(t, t_cap)
+        cap = t if t_cap is None or t < .999 else t_cap
         s = noise_level * (math.sqrt(t / (1 - cap)) if kind == "flow" else 1)
         std = s * math.sqrt(-dt)
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
         raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
+    if eps is None and x_next is None and std:
+        raise ValueError("sde_step: give eps to take the step, or x_next to score one taken")
     if x_next is None:
         x_next = mean + std * eps if std else mean
     if not std:
@@ -290,6 +292,8 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
     x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
     std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
+    if eps is None and x_next is None and std:
+        raise ValueError("ddim_step: give eps to take the step, or x_next to score one taken")
     if x_next is None:
         x_next = mean + std * eps if std else mean
     if not std:

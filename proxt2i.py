@@ -59,7 +59,7 @@ class Config:
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
     preset: str = ""                    # tiny, paper, or official, the same: no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    eval_reward: str = "shapes-strict"  # what is reported, before, during and after
+    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
@@ -839,7 +839,7 @@ def main(argv=None):
     with data.exit_codes():
         data.choose("stage", stage, ("", *STAGES))
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
-        if not stage and not cfg.resume:
+        if not stage and not cfg.resume and not {"--steps", "--minutes"} & {word.split("=")[0] for word in argv}:
             return quick_start(cfg)
         {"rl": train_rl, "train": train, "finetune": train, "sample": sample_stage, "compare": compare}[cfg.stage](cfg)
 

@@ -14,6 +14,8 @@ import data
 import dgpo
 import grpo
 import models
+import proxt2i
+import slas
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("alone")
@@ -76,6 +78,30 @@ def test_the_common_flags_are_there(module):
     assert names >= set("model weights method preset reward eval_reward prompts steps sample_steps eval_steps groups "
                         "group_size resolution lora_rank cfg_rollout cfg_train cfg_ref cfg_eval seed out resume "
                         "minutes fused".split())
+
+
+@pytest.mark.parametrize("module", (grpo, proxt2i, slas), ids=("grpo", "proxt2i", "slas"))
+def test_what_is_not_typed_fits_what_is(module):
+    """Fewer groups or steps need no other flags: updates and trained steps come down; those that are typed do not."""
+    presets = module.presets("rl") if module is proxt2i else module.PRESETS
+    for line, updates, trained in ((["--groups", "1", "--sample-steps", "2"], 1, 2), (["--groups", "6"], 2, 3),
+                                   (["--groups", "8"], module.Config.updates, 3)):
+        cfg = data.cli(module.Config, presets, line)
+        assert (cfg.updates, cfg.train_steps) == (updates, trained), line
+    with pytest.raises(ValueError, match="--groups 3 cannot be split into --updates 2"):
+        data.cli(module.Config, presets, ["--groups", "3", "--updates", "2"])
+    if module is not proxt2i:
+        with pytest.raises(ValueError, match="--train-steps 3: between 0 .* --sample-steps 2"):
+            data.cli(module.Config, presets, ["--train-steps", "3", "--sample-steps", "2"])
+
+
+def test_what_is_evaluated():
+    """The tiny world's verifier for its own prompts, the trained reward for others, unless it is typed."""
+    for line, name in (([], "shapes-strict"), (["--reward", "tiny-clip"], "shapes-strict"),
+                       (["--prompts", "my.txt", "--reward", "pickscore"], "pickscore"),
+                       (["--prompts", "my.txt", "--reward", "pickscore", "--eval-reward", "hpsv2"], "hpsv2")):
+        for module in (dgpo, grpo, slas):
+            assert data.cli(module.Config, module.PRESETS, line).eval_reward == name
 
 
 @BOTH

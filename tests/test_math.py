@@ -1,5 +1,6 @@
 """The pure functions of dgpo.py and grpo.py against closed forms, float64 loops, torch.distributions and diffusers."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def test_dgpo_loss_against_loops_and_finite_differences():
         z = beta / G * sum(adv[i].item() * (dsm[i].item() - ref[i].item()) for i in range(g * G, g * G + G))
         naive -= math.log(1 / (1 + math.exp(z))) / 3                   # -log sigmoid(-z)
     close(dgpo.dgpo_loss(dsm, ref, adv, G, beta), naive)
+    assert dgpo.dgpo_loss(dsm, ref, adv.float(), G, beta).item() == pytest.approx(naive, rel=1e-6)
     assert torch.autograd.gradcheck(lambda a, b: dgpo.dgpo_loss(a, b, adv, G, beta),
                                     (dsm.requires_grad_(), ref.requires_grad_()))
     close(dgpo.dgpo_loss(dsm, dsm, adv, G, beta), math.log(2))         # where theta is theta_ref
@@ -270,8 +272,15 @@ def test_flow_std_at_t_1_is_the_released_codes():
         dt = t_next - t
         close(std, s * math.sqrt(-dt))
         close(mean, x * (1 + s ** 2 / (2 * t) * dt) + v * (1 + s ** 2 * (1 - t) / (2 * t)) * dt)
+    for t in (.99, .5):                                                # and nowhere else, whatever t_cap
+        assert grpo.sde_step(v, x, t, t - .1, .7, eps, t_cap=.3)[3] == grpo.sde_step(v, x, t, t - .1, .7, eps)[3]
     with pytest.raises(ValueError, match="t_cap"):
         grpo.sde_step(v, x, 1.0, .9, .7, eps)
+    for step in (partial(grpo.sde_step, v, x, .9, .8, .7), partial(grpo.ddim_step, v, x, .3, .5, 1.0)):
+        with pytest.raises(ValueError, match="give eps to take the step, or x_next to score one"):
+            step()
+        assert step(eps=eps)[1] is not None and step(x_next=x)[1] is not None
+    assert grpo.sde_step(v, x, .9, .8, 0.0)[1] is None and grpo.ddim_step(v, x, .3, .5, 0.0)[1] is None
     with pytest.raises(ValueError, match="'flo'"):
         grpo.sde_step(v, x, .9, .8, .7, eps, kind="flo")
 

@@ -470,8 +470,8 @@ def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path
 def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
     """Both stages; a bad reward is refused before either, and what has been compared is not compared again."""
     monkeypatch.chdir(tmp_path)
-    line = ["--model", fresh / "prox", "--compare-with", fresh / "score", "--compare-steps", "4", "--steps", 1,
-            "--groups", 2, "--group-size", 2, "--updates", 1, "--out", "out", *SMALL]
+    line = ["--model", fresh / "prox", "--compare-with", fresh / "score", "--compare-steps", "4", "--groups", 2,
+            "--group-size", 2, "--out", "out", *SMALL]
     honest, seen = proxt2i.compare, []
     monkeypatch.setattr(proxt2i, "compare", lambda cfg: seen.append(cfg.resume) or honest(cfg))
     with pytest.raises(SystemExit):
@@ -491,6 +491,9 @@ def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
     assert last["out"] == "out-compare" and last["eval_after"] is None
     proxt2i.main(list(map(str, line)))
     assert seen == [False, True]
+    for length in (["--steps", "1"], ["--minutes=1"]):                 # who says how long wants the RL alone
+        proxt2i.main([*map(str, line), *length])
+    assert len(seen) == 2
 
 
 def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):

@@ -451,8 +451,14 @@ def test_score_keeps_its_terms():
 
 # ===================================================================================================== flags and files
 
+def test_gamma_is_any_number_from_0():
+    for gamma in ("0", "1e-3", ".5", 0.5, "auto"):
+        assert slas.Config(gamma=gamma).gamma == gamma
+
+
 @pytest.mark.parametrize("line, words", (
     (["--gamma", "-1"], ("--gamma -1", "0 or more")), (["--gamma", "nan"], ("--gamma nan",)),
+    (["--gamma", "inf"], ("--gamma inf",)),
     (["--gamma", "much"], ("--gamma much", "auto")), (["--kl-budget", "0"], ("--kl-budget 0",)),
     (["--kl-budget", "-1"], ("--kl-budget -1",)), (["--kl-budget", "inf"], ("--kl-budget inf",)),
     (["--fisher-every", "-1"], ("--fisher-every -1",)), (["--fisher-images", "0"], ("--fisher-images 0",)),

@@ -170,7 +170,7 @@ def test_every_family_trains(module, family, train, folder):
     assert [row["step"] for row in run.rows] == [1, 2] and not any(row["skipped"] or row["failed"] for row in run.rows)
     for row in run.rows:
         assert row["grad_norm"] > 0
-        assert all(math.isfinite(value) for value in numbers(row))
+        assert row.pop("eval") is None and all(math.isfinite(value) for value in numbers(row))
     tests = [row for row in run.evals if row["split"] == "test"]
     assert [row["step"] for row in tests] == [0, 2] and all(math.isfinite(row["eval"]) for row in tests)
     theirs = PUBLIC[family].from_pretrained(run.out / ("unet" if family == "sd14" else "transformer"),
@@ -467,8 +467,8 @@ def test_random_weights(module, family, train, folder, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folder / family, bare, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*", "text_*"))
     run = train(module, family, weights=bare, init="random", dtype="float32")
-    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in run.rows if "loss" in row)
-    assert len(run.rows) == 4 and (run.out / ("unet" if family == "sd14" else "transformer")).is_dir()
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in run.rows)
+    assert len(run.rows) == 2 and (run.out / ("unet" if family == "sd14" else "transformer")).is_dir()
 
 
 # ============================================================================================================= the peer
@@ -490,7 +490,7 @@ def test_diffusers_and_peft_do_the_same_work(module, family, flags, train):
     ours = train(module, family, **more)
     theirs = peer("bfloat16", module, flags(family, out="peer", **more), "peer")
     trained = [re.search(r"([\d,]+) trained parameters", run.said).group(1) for run in (ours, theirs)]
-    assert trained[0] == trained[1] and len(theirs.rows) == len(ours.rows) == 4
+    assert trained[0] == trained[1] and len(theirs.rows) == len(ours.rows) == 2
     for key in ("forwards", "backwards", "reward", "loss", "kl"):      # before the first update: B is 0
         assert theirs.rows[0][key] == pytest.approx(ours.rows[0][key], rel=1e-4, abs=1e-5), key
 
