@@ -860,8 +860,8 @@ class UViT(nn.Module):
         x = torch.cat([time, self.context_embed(context), x], dim=1) + self.positions(h, w)
         if lam is not None:
             # What moves the prox is lambda's ratio, not its difference, and lambda is 1e-3 to 38: hence the logarithm,
-            # -7 to 3.6. Times 10, the fastest wave turns once per factor 1.9 in lambda: smooth between the few values
-            # of a training grid, while one percent of lambda is still a tenth of a radian.
+            # -7 to 3.6 (0 stands for 1e-12). Times 10, the fastest wave turns once per factor 1.9 in lambda: smooth
+            # between the few values of a training grid, while one percent of lambda is still a tenth of a radian.
             lam = self.lambda_embed(sinusoid(10 * lam.float().clamp(min=1e-12).log(), dim).to(x.dtype))[:, None]
             x = torch.cat([lam + self.lambda_pos, x], dim=1)                             # (B, [1 +] 1 + L + h w, D)
         skips = []

@@ -87,9 +87,9 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     terms = []
     for term in spec.split(","):
         name, _, factor = term.strip().rpartition(":")
-        if not name or (name.endswith(".py") and not _is_number(factor)):
+        if not name or (name.endswith(".py") and not math.isfinite(data.number(factor))):
             name, factor = term.strip(), "1"
-        if not _is_number(factor):
+        if not math.isfinite(data.number(factor)):
             raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
         terms.append((name, float(factor), _load_one(name, weights, device)))
     rounded = [name for name, _, reward in terms if dtype == "bfloat16" and hasattr(reward, "may_round")]
@@ -129,13 +129,6 @@ def judges(cfg, device="cpu"):
     """{name: score} of a run's --eval-reward and --gold-reward: one where they are the same or there is no gold."""
     device = cfg.reward_device or device
     return {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward) if name}
-
-
-def _is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _load_one(name, weights, device):
@@ -2340,7 +2333,7 @@ def judge_setting(name, key, default=None):
     value = os.environ.get(own) or os.environ.get(f"JUDGE_{key}") or default
     if default is None:
         return value
-    if not (_is_number(value) and float(value) >= (1 if key == "WORKERS" else 0)):
+    if not (math.isfinite(data.number(value)) and float(value) >= (1 if key == "WORKERS" else 0)):
         raise ValueError(f"{own if os.environ.get(own) else f'JUDGE_{key}'}={value}: a number, {key.lower()} to use")
     return type(default)(float(value))
 

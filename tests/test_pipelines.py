@@ -778,7 +778,7 @@ def test_load_lora_reads_what_diffusers_wrote(family, save, alpha, saved, tmp_pa
     near(*pair(ours, theirs, family))
     assert {layer.lora_scale for layer in models.lora_layers(ours).values()} == {ALPHA / RANK}
     bare = models.load(str(saved[family][0])).net
-    models.load_lora(bare, file)                                        # whose layers may be in down_blocks
+    models.load_lora(bare, file)                                       # whose layers may be in down_blocks
     near(*pair(bare, theirs, family))
 
 
