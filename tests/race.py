@@ -102,7 +102,8 @@ def plan(args, rows):
     if args.tune:
         return [dict(shared, method=method, variant="tune", settings=METHODS[method][i], seed=TUNE_SEED)
                 for i in (1, 2, 3) for method in args.methods]
-    return [dict(shared, method=method, variant=variant, settings=chosen(rows, method, shared), seed=seed)
+    tuned = dict(shared, budget=args.tuned or args.budget)
+    return [dict(shared, method=method, variant=variant, settings=chosen(rows, method, tuned), seed=seed)
             for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods
             for variant in ("base", *(v for v in VARIANTS.get(method, ()) if {v, "all"} & set(args.variants)))]
 
@@ -195,15 +196,18 @@ def parsed(argv):
     add("--out", type=Path, default=Path("runs/race"), help="the runs' folders and the pictures")
     add("--csv", type=Path, default=ROOT / "tests/race.csv")
     add("--tune", action="store_true", help="the three configurations of each method, one seed")
+    add("--tuned", default="", metavar="BUDGET", help='settings by another tuning: "6 minutes" (of the same budget)')
     add("--table", action="store_true", help="run nothing")
     args, args.flags = parser.parse_known_args(argv)
     args.methods, args.variants = (list(filter(None, text.split(","))) for text in (args.methods, args.variants))
     known = {"all", *(variant for method in args.methods for variant in VARIANTS.get(method, ()))}
     unknown = [*(set(args.methods) - METHODS.keys()), *(set(args.variants) - known)]
     taken = {word.split("=")[0] for word in args.flags} & {"--seed", "--steps", "--out", "--resume", "--eval-reward"}
+    tunings = {row["budget"] for row in read(args.csv) if row["variant"] == "tune"}
     for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}"), (taken, f"{', '.join(taken)}: the race's own"),
                        (args.minutes and args.rollouts, "--minutes or --rollouts, not both"),
                        (args.first_seed < 0, "--first-seed: 0 or more"),
+                       (args.tuned and args.tuned not in tunings, f"--tuned: {args.csv} has {sorted(tunings)}"),
                        (min(args.seeds, args.jobs) < 1, "--seeds and --jobs: 1 or more"),
                        (args.table and not args.csv.exists(), f"{args.csv} does not exist: run the race first")):
         if wrong:

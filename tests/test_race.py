@@ -126,7 +126,7 @@ def test_scripts_accept_every_command_line(method, monkeypatch):
 
 def test_bad_input_is_refused(capsys):
     for line in ("--methods dgop", "--methods slas --variants sde", "--minutes 1 --rollouts 1", "--seed 3", "--jobs 0",
-                 "--first-seed -1", "--table --csv gone.csv"):
+                 "--first-seed -1", "--tuned never", "--table --csv gone.csv"):
         with pytest.raises(SystemExit) as end:
             race.main(line.split())
         assert end.value.code == 2 and capsys.readouterr().err
@@ -276,6 +276,9 @@ def test_the_choice_is_by_validation_once_all_were_tried():
         ("dgpo", "base", "--lr 4e-4", 1), ("dgpo", "sde", "--lr 4e-4", 1), ("slas", "base", "", 1)]
     args = race.parsed(["--methods", "slas", "--seeds", "2", "--first-seed", "1"])
     assert [run["seed"] for run in race.plan(args, rows)] == [1, 2]
+    args = race.parsed(["--methods", "dgpo", "--seeds", "1", "--minutes", "9", "--tuned", "6 minutes"])
+    tuned = [dict(row, budget="6 minutes") for row in rows]
+    assert [(run["settings"], run["budget"]) for run in race.plan(args, tuned)] == [("--lr 4e-4", "9 minutes")]
 
 
 # =============================================================================================================== runs
