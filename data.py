@@ -1513,6 +1513,8 @@ class Run:
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
+            if state and list(state["written"] if isinstance(state["written"], dict) else ()) != list(self.FILES):
+                raise ValueError(f"{out / file} is another version's of this code: use that, or try another --out")
         self._refuse_taken(out)
         return out, state
 

@@ -1,5 +1,6 @@
 """The command line of dgpo.py and grpo.py: presets, help, and bad input, which ends with code 2 and one clear line."""
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
 import data
@@ -285,6 +287,9 @@ def test_resume_from_a_damaged_run(module, small, refused):
         before = snapshot("out")
         refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is damaged", "--out")
         assert snapshot("out") == before
+    for written in (1, {"metrics.jsonl": 1}):                          # as earlier code wrote it
+        torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "written": written}, state)
+        refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is another version's")
     state.write_bytes(whole)
     config.write_bytes(settings[:20])
     refused(module, [*small, "--resume", "--steps", "2"], "out/config.json is damaged")
