@@ -1317,10 +1317,15 @@ def counts(name, text):
 
 def check_device(name, device):
     """Raise ValueError unless this machine has the device of a flag; None and "" are what the flag's default is."""
+    flag = f"--{name.replace('_', '-')} {device}"
     try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as error:                    # no such word, no such GPU, no CUDA in PyTorch
-        raise ValueError(f"--{name.replace('_', '-')} {device}: {str(error).splitlines()[0]}") from None
+        device = torch.device(device or "cpu")
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:                    # no such word, no such device
+        raise ValueError(f"{flag}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):      # opens no context
+        raise ValueError(f"{flag}: PyTorch {torch.__version__} sees {found} GPUs on this machine")
 
 
 def check_common(cfg):
@@ -1377,7 +1382,7 @@ def load_policy(cfg, run, fresh=False):
     if pipe.family == "uvit" and run.method != "proxt2i":
         raise ValueError(f"--model {cfg.model}: a U-ViT is no flow model and no SD1: python proxt2i.py rl --model "
                          f"{cfg.model}")
-    net = pipe.net
+    net = run.net = pipe.net
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
     net.checkpointing = cfg.checkpointing
     if cfg.offload and pipe.vae:
@@ -1701,7 +1706,14 @@ class Run:
             if self.world > 1:
                 dist.all_gather_object(big["places"], stream.state())
         if self.rank == 0:
-            written = {name: (self.out / name).stat().st_size for name in self.FILES}
+            written = {}
+            for file in self.FILES:                                   # on disk before state.pt counts on them
+                with open(self.out / file, "ab") as f:
+                    os.fsync(f.fileno())
+                    written[file] = f.tell()
+            if self.cfg.lora_rank:                                    # to be tried while the run goes on
+                with models.using(params, ema):
+                    models.save_lora(self.net, self.out / "last" / "lora.safetensors")
             state = {**big, "count": self.count, "norms": self.norms, "written": written}
             write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
             for old in (self.out / "last").glob("shards-*"):

@@ -9,11 +9,13 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
     (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
+    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below        learn, hold_error
 
-Departs from the paper: l is a mean, not a sum, over the latent's dimensions, and T and the sum over the group are
-folded into beta, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta.
-The clip, the velocity KL and timesteps from the sampler's grid are the released code's and are flags here. The tiny
-preset's reference is the slow moving average of the weights, not the frozen start: README, "What keeps DGPO stable".
+Departs from the paper: l is a mean, not a sum, over the latent's dimensions; beta is the paper's times T, G and their
+number, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta. (6)'s KL,
+the PPO-like clip of l, the cut of advantages and timesteps from the sampler's grid are the released code's, (6)'s hold
+is ours; all are flags. The tiny preset's reference is the slow moving average of the weights, not the frozen start:
+README, "What keeps DGPO stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
@@ -59,11 +61,11 @@ class Config:
     schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
-    beta: float = 100.0                 # Eq. (4)                                                  [released code]
+    beta: float = 100.0                 # Eq. (4); 10 hacks rewards: the paper's App. D            [released code]
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
     t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]; 0: none       [paper, Sec. 3.2, no value]
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
-    grid: bool = False                  # t from the sampler's times, without replacement          [released code]
+    grid: bool = False                  # t from the sampler's times, without replacement    [released code: True]
     updates: int = 4                    # optimizer steps a rollout, each on all groups            [released code: 1]
     ref: str = "ema"                    # theta_ref: start (frozen, paper), ema, or old (the weights that sampled)
     rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the first model)
@@ -77,7 +79,7 @@ class Config:
     hold: float = 0.1                   # weight of hold_error: the sampler's last steps stay what they were; 0: off
     hold_below: float = 0.25            # the times that it holds, and none from t_min on
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
-    adv_std: str = "group"              # (1): group, batch or none
+    adv_std: str = "group"              # (1): group, batch or none    [released code: group; OCR, PickScore: batch]
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the trained network in the loss
     cfg_ref: float = 1.0                # of the reference in the loss
@@ -177,7 +179,7 @@ def dsm_loss(v, x_0, eps, t, weight="v", ddpm=False):
 
     v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
     "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
-    slope of the signal-to-noise ratio (1 - t)^2/t^2, as the likelihood bound asks. Returns (B,). Source: DGPO, Eq. 22.
+    slope of the signal-to-noise ratio (1 - t)^2/t^2: [22] with DDPM's eta, times T, as T grows. Returns (B,).
     ddpm: v is the predicted noise, t a DDPM step; weight "v" is then the noise's own error, as Diffusion-DPO's.
     """
     if ddpm:
@@ -289,7 +291,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
     kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so from t = .999 on t_cap < 1, the
-                  schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
+                  schedule's second time, stands for t in 1 - t (released: at 1 alone; schedule dpm starts at .9997);
+                  ValueError for t = 1 without it.
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
@@ -513,8 +516,8 @@ def train(cfg):
     times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
              if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]
     if cfg.grid and not times:
-        raise ValueError(f"--grid: none of the sampler's {cfg.sample_steps} times is above --t-min {cfg.t_min}: take "
-                         f"more --sample-steps, or a lower --t-min")
+        raise ValueError(f"--grid: none of the sampler's {cfg.sample_steps} times is --t-min {cfg.t_min} or above: "
+                         f"take more --sample-steps, or a lower --t-min")
     if pipe.ddpm and cfg.sde and cfg.noise_level > 1:
         raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
                          f"more has no mean; try 1")

@@ -32,6 +32,7 @@ import pickle
 import re
 import shutil
 import sys
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1566,8 +1567,10 @@ class TextToImage:
                 raise ValueError(f"{file} is damaged ({error}): delete it, the next run encodes it again") from None
         parts = self.encode([prompt])
         if file:
-            new = file.with_suffix(f".{os.getpid()}")                                    # another process may write too
+            new = file.with_suffix(f".{uuid.uuid4().hex}")                               # another process may write too
             save_file({str(i): part.cpu().contiguous() for i, part in enumerate(parts)}, new)
+            with open(new, "rb") as f:
+                os.fsync(f.fileno())                                                     # whole even if the power fails
             os.replace(new, file)
         return parts
 
@@ -2160,7 +2163,9 @@ def using(params, values):
     """Run a block under other weights: the tensors in `values` stand in for the parameters, and nothing is copied.
 
     This is how one network serves as policy, old policy and reference. values None: the parameters as they are.
-    A backward pass belongs inside the block: after it, autograd would meet the parameters' own values.
+    A backward pass belongs inside the block: after it, autograd would meet the parameters' own values. And no block
+    belongs between a pass with gradients and its backward pass: FSDP2 gathers the shards again for that, on a stream
+    which does not wait for the values that are put back.
     """
     if values is None:
         yield
@@ -2262,9 +2267,11 @@ def fisher(policy, steps, images, params, v, run):
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):       # the one that has second derivatives
         square = torch.zeros((), device=v.device, dtype=v.dtype)
         for j in images:
-            logp = sum(policy(i, [j])[0].sum() for i in steps) / len(steps)
-            grads = torch.autograd.grad(logp, params, materialize_grads=True)
-            square += sum(g.square().sum() for g in grads) / len(images)
+            total = [torch.zeros_like(p) for p in params]
+            for i in steps:                                            # one graph at a time
+                logp = policy(i, [j])[0].sum() / len(steps)
+                torch._foreach_add_(total, torch.autograd.grad(logp, params, materialize_grads=True))
+            square += sum(g.square().sum() for g in total) / len(images)
         return largest_eigenvalue(product, v), (run.sum(square) / run.world).item()
 
 

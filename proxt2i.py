@@ -21,10 +21,12 @@ Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own i
 toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. A small zeta
 then finds the mode of x_0 given y and lands at E[X_t | y, x_0] of it: the proximal operator at t = 0 and for Gaussian
 data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
-Slips in the paper's text, put right here: PDA's proximal operator lacks its minus sign, and the display before [6]
-halves gamma times the score. Departs from it: gamma is beta's integral over a step, not beta at its start times its
-length; log-probs and KL are means over the latent's dimensions; DPM-Solver is the ++(2M) variant; in RL the score
-chain's last step is its mean, as the proximal chain's last adds no noise either.
+Slips in the paper's text, put right here: gamma below [2] and PDA's proximal operator lack a minus sign, the display
+before [6] halves gamma times the score, [A] sums down to k = 1, which has no density. Departs from it: gamma is beta's
+integral over a step, not beta at its start times its length; (2) is taken on the residual, as ProxDM's, which is [8]
+with zeta sqrt(lam) for zeta (--zeta-space x: as printed); log-probs and KL are means over the latent's dimensions, (8)
+over images and steps; DPM-Solver is the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal
+chain's last adds no noise either.
 
     python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
     python proxt2i.py train --method prox --out OUT     # proximal matching (or a score model: --method score)
@@ -69,15 +71,15 @@ class Config:
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # N, steps of a rollout                                    [paper, App. C]
     eval_steps: int = 10                # the same for evaluation
-    sampler: str = ""                   # hybrid, pda; sde, sde-mean, ode, dpm for a score model; empty: --scheme, dpm
+    sampler: str = ""                   # hybrid, pda; of a score model sde, sde-mean, ode, dpm; empty: --scheme's, dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # more models, a comma between: names or directories, prox or score
     compare_rewards: str = ""           # more rewards that `compare` reports, a comma between
     compare_cfg: str = ""               # guidance scales that `compare` also tries, with the default sampler  [Fig. 11]
-    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12]
+    groups: int = 8                     # prompts a rollout, over all processes                    [paper: 12 x 6]
     group_size: int = 24                # G, images a prompt                                       [paper, App. C]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
-    predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)         [paper: noise]
+    predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)        [ProxDM: noise]
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
     candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, App. C]
     zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, App. C]
@@ -160,9 +162,9 @@ class Config:
                 pda_lambdas(n)
 
 
-HELD = 4                              # every fourth image of an update holds the last landing, Eq. (10)
-SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and whose they are; sde-mean: the last step's
-            "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}           # noise is left out
+HELD = 4                              # every fourth image of a group holds the last landing, Eq. (10)
+SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and the method of the networks that they take;
+            "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}   # sde-mean: the last noise left out
 SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
 TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dtype="bfloat16"),     # by stage
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
@@ -170,10 +172,10 @@ LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="picksco
             resolution=256, dtype="bfloat16", groups=72, group_size=24,      # 12 prompts a batch, 6 batches an update
             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
             kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
-            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)
+            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)        # lr, clip_range, dtype, these: ours
 MORE = LONG | dict(images="data/images", cooldown=0.0, ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
-         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # its rates are constant
+         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # it names no schedule
 
 
 def presets(stage):
@@ -467,9 +469,9 @@ def hold_error(method, policy, reference, x_0, n, eps):
     """
     a, gamma = alpha_bar(1 / n), beta_integral(0.0, 1 / n)
     y = x_0 + math.sqrt(gamma) * eps if method == "prox" else math.sqrt(a) * x_0 + math.sqrt(1 - a) * eps
-    landed, _ = kernel(method, policy, y, 1, n)
-    with torch.no_grad(), reference:
+    with torch.no_grad(), reference:                                   # first: see models.using on shards
         landed_ref, _ = kernel(method, policy, y, 1, n)
+    landed, _ = kernel(method, policy, y, 1, n)
     return (landed - landed_ref).square().mean()
 
 
@@ -492,10 +494,10 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
     states = [state]
     for k in range(n, 0, -1):
         mean, std = kernel(cfg.method, answer, states[-1], k, n)
-        x, chance = ops.linear_step(mean, std=std, eps=draw(f"step {k}") if std else None)       # mean + std xi
+        x, logp_k = ops.linear_step(mean, std=std, eps=draw(f"step {k}") if std else None)       # mean + std xi
         states.append(x)
         if std:
-            logp[k] = chance                                           # gaussian_logp(x, mean, std)
+            logp[k] = logp_k                                           # gaussian_logp(x, mean, std)
     return torch.stack(states), logp
 
 
@@ -567,8 +569,8 @@ def train(cfg):
             t, lam = (part.to(x_0) for part in draw_pairs(u, candidates, cfg.scheme))      # (B,) each
         else:
             t = (1 - 0.999 * u[:, 0]).to(x_0)                          # (B,) in (.001, 1]
-        a = alpha_bar(t)[:, None, None, None]
-        x = a.sqrt() * x_0 + (1 - a).sqrt() * noise                    # X_t  (B, C, H, W)
+        abar = alpha_bar(t)[:, None, None, None]
+        x = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise              # X_t  (B, C, H, W)
         target, scaled, width = noise, x, torch.ones_like(t)
         if lam is not None:                                            # Eq. (3)
             wide, width = lam[:, None, None, None], lam.sqrt()
@@ -692,13 +694,12 @@ def train_rl(cfg):
                 some = turn[i:i + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]
                 for k in trained:
-                    logp, mean, std = rescore(states[:, some], k, part, cfg.cfg_train)
-                    loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
-                    kl = torch.zeros_like(loss)
-                    if cfg.kl_beta:
+                    if cfg.kl_beta:                                    # first: see models.using on shards
                         with torch.no_grad(), models.using(params, start):
                             _, mean_ref, _ = rescore(states[:, some], k, part, cfg.cfg_ref)
-                        kl = gaussian_kl(mean, mean_ref, std)
+                    logp, mean, std = rescore(states[:, some], k, part, cfg.cfg_train)
+                    loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
+                    kl = gaussian_kl(mean, mean_ref, std) if cfg.kl_beta else torch.zeros_like(loss)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share

@@ -45,6 +45,7 @@ import string
 import sys
 import threading
 import types
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1838,7 +1839,7 @@ def from_onnx(make, name, weights=None, device="cpu"):
         if [t.squeeze().shape for t in found.values()] != [state[key].squeeze().shape for key in mine]:
             raise ValueError(f"{file} holds another network than PP-OCRv4's: pip install rapidocr-onnxruntime==1.4.4")
         state |= {key: t.reshape(state[key].shape) for key, t in zip(mine, found.values())}
-        part = kept.with_suffix(f".{os.getpid()}")                     # other processes may be at the same
+        part = kept.with_suffix(f".{uuid.uuid4().hex}")                # other processes may be at the same
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(state, part, meta)
@@ -2723,7 +2724,8 @@ def bench_model(args):
         model = str(parts.get("model", settings["model"]))             # or a U-ViT's whole pipeline
         weights = weights or ("" if "model" in parts else settings["weights"])
         if not (part or lora or "model" in parts):
-            raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first")
+            raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first, or "
+                             f"take the LoRA of its last checkpoint: --lora {run / 'last' / 'lora.safetensors'}")
     uvit = models.family(model, weights) == "uvit"
     script = importlib.import_module("proxt2i" if uvit else "dgpo")
     given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
@@ -2731,7 +2733,8 @@ def bench_model(args):
     settings.pop("preset", None)                                       # slas.py's or grpo.py's; its values are all here
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **given}.items()]
     presets = script.presets("sample") if uvit else script.PRESETS
-    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *flags])
+    groups = [] if uvit else ["--groups", os.environ.get("WORLD_SIZE", "1")]               # fit for so many processes
+    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *groups, *flags])
     dtype = models.DTYPES[cfg.dtype]
     pipe = models.load(model, weights or None, dtype, args.device, cfg.init or None, cfg.text_length or None)
     if part:

@@ -8,11 +8,11 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
     (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
     (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
-SLAS, "Power Reinforcement Post-Training of Text-to-Image Models with Super-Linear Advantage Shaping", has its own [n]:
+Sun et al., SLAS, arXiv:2605.10937, "Power Reinforcement Post-Training of Text-to-Image Models", has its own [n]:
     (5) [9]  dr_i = r_i - mean_g r: to divide by std_g r, as (1) does, inflates what hardly differs  group_advantage
     (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
     (7) [83] E|dr|^(2(1+gamma)) <= 2 delta / (eta^2 lambda_max G2)                                         max_gamma
-(6): the step d, int d = 0, that maximises <d, A> - |d|^2 / 2 with |d|^2 = int d^2 / (pi |A|^gamma) [17, 18] has
+(6): the step d, int d = 0, that maximises int d A - |d|^2 / 2, |d|^2 = int d^2 / (pi |A|^gamma) [17, 18], has
 A - lam = d / (pi |A|^gamma): d = pi |A|^gamma (A - lam), where int d = 0 gives lam = E|A|^gamma A / E|A|^gamma. The
 paper drops lam as a baseline and has pi sign(A) |A|^(1+gamma) [19]. But lam stands beside |A|^gamma, so that is the
 maximiser only where E sign(A) |A|^(1+gamma) = 0: gamma = 0 [15] or symmetric A. --recenter takes the true one.
@@ -21,8 +21,8 @@ Fisher matrix, and |g|^2 <= E A^2 G2 (Cauchy-Schwarz), G2 = E |grad log pi|^2: a
 gradient does not bound. So E A^2 <= 2 delta / (eta^2 lambda_max G2) keeps KL <= delta, in nats per latent dimension and
 step, as log pi here. Adam's step hardly depends on |g|: its eta is |dtheta| / |g|, logged with the KL and its bound.
 
-Departs from the paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released code
-lacks the dt of the true Gaussian KL (--kl-form names the three in use).
+Departs from Flow-GRPO's paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released
+code lacks the dt of the true Gaussian KL (--kl-form names the three in use).
 
     python slas.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 slas.py                         # the same run on two processes
@@ -67,11 +67,11 @@ class Config:
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: the method's
     noise_level: float = 0.3            # a in Eq. (2), SD1's eta; --method flow: 0.7              [DanceGRPO's code]
-    shared_noise: bool = True           # the images of a group start from one noise               [DanceGRPO's code]
-    clean_final: bool = False           # the reward sees the last step's x_0hat, not its state    [DanceGRPO's FLUX]
+    shared_noise: bool = True           # the images of a group start from one noise         [DanceGRPO's code: True]
+    clean_final: bool = False           # the reward sees the last step's x_0hat, not its state [DanceGRPO's FLUX: True]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all but the last
-    updates: int = 2                    # optimizer steps a rollout, on disjoint groups            [released code]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: on images]
     clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
     kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
@@ -86,7 +86,7 @@ class Config:
     adv_std: str = ""                   # the batch's std divides before (6), after, batch (both), none; empty: batch
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
-    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass       [released code: so]
+    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass     [released code: True]
     cfg_ref: float = 1.0                # of the reference in the KL
     cfg_eval: float = 1.0               # of evaluation
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
@@ -153,16 +153,17 @@ class Config:
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
-            ema_every=8, method="flow",                               # Flow-GRPO's GenEval run; the next line is ours
+            ema_every=8, method="flow",                    # Flow-GRPO's GenEval run, but in fp16; the next line is ours
             minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24, overlap=True)
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
+             fisher_every=0,                                           # ours: too dear for all weights, none in shards
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
-        "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "fsdp": True,      # its FLUX run: 2 prompts a GPU
-        "clean_final": True, "reward": "hpsv2:0.7,clip-dfn:1.4",       # its paper's two rewards, as [SLAS, Sec. 6.1]
-        "fisher_every": 0,                                             # no second derivatives in shards
-        "eval_steps": 28}                                              # ours: it evaluates nothing
+        "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "max_grad_norm": 0.01,
+        "fsdp": True, "clean_final": True,              # its FLUX run on 8 GPUs; that on 16: norm 1, no moving average
+        "reward": "hpsv2:0.7,clip-dfn:1.4",                            # its paper's two rewards, as [SLAS, Sec. 6.1]
+        "save_every": 40, "eval_steps": 28}                            # eval_steps ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
         "cfg_eval": 5.0, "eval_steps": 50, "reward": "hpsv2:1,clip-dfn:1"}                            # [SLAS, Sec. 6.1]
@@ -171,8 +172,8 @@ METHODS = {                                                           # under a 
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
-    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},
-    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": FLUX, "sd14": SD14}}
+    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},  # kl_beta: the code's
+    "official": {"sd3": FLOW, "flux": FLUX, "sd14": SD14}}
 
 
 # =============================================================================================================== math
@@ -246,7 +247,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
-    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt < 0. Three forms are in use:
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt < 0, in flow-grpo alone. In use:
     gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
     flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
     velocity   |v - v_ref|^2                           DGPO's
@@ -315,7 +316,8 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
 
     v, x_t, eps, x_next: (B, C, H, W) float32; t, t_next: floats, 0 <= t_next < t <= 1; dt = t_next - t < 0.
     kind "flow":  s = a sqrt(t / (1 - t)), a = noise_level. Infinite at t = 1, so from t = .999 on t_cap < 1, the
-                  schedule's second time, stands for t in 1 - t; ValueError for t = 1 without it.
+                  schedule's second time, stands for t in 1 - t (released: at 1 alone; schedule dpm starts at .9997);
+                  ValueError for t = 1 without it.
                                                                            Flow-GRPO, arXiv:2505.05470, Eq. 9
     kind "dance": s = a, a constant.                                       DanceGRPO, arXiv:2505.07818
          both:    mean = x + (v + s^2/(2t) (x + (1 - t) v)) dt,  std = s sqrt(-dt)
@@ -498,10 +500,9 @@ def train(cfg):
         prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
-        choice = data.uniform(cfg.sample_steps, cfg.seed, step, "steps")
-        place = data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - cfg.window)
-        first = int(place) if cfg.window else 0                        # not on the last step, see below
-        window = range(first, first + (cfg.window or cfg.sample_steps))
+        choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
+        first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))   # not the last,
+        window = range(first, first + length)                          # see below
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = []
         for s in chunks:                                               # one is scored while the next is sampled
@@ -524,8 +525,8 @@ def train(cfg):
         trust = run.count.setdefault("trust", {})                      # the last rollout's; saved and logged
         before = [p.detach().clone() for p in params if cfg.fisher_every]
         if cfg.fisher_every and step % cfg.fisher_every == 0:
-            v = data.noise((sum(p.numel() for p in params),), cfg.seed, step, "power", device=run.device, dtype=x.dtype)
-            trust["lambda_max"], trust["g2"] = models.fisher(policy, trained, few, params, v, run)
+            u = data.noise((sum(p.numel() for p in params),), cfg.seed, step, "power", device=run.device, dtype=x.dtype)
+            trust["lambda_max"], trust["g2"] = models.fisher(policy, trained, few, params, u, run)
         trust["gamma"] = 0.0 if cfg.gamma == "auto" else float(cfg.gamma)              # auto: 0 until a step was seen
         if cfg.gamma == "auto" and trust.get("eta"):
             limit = 2 * cfg.kl_budget / (trust["eta"] ** 2 * trust["lambda_max"] * trust["g2"])
@@ -550,12 +551,13 @@ def train(cfg):
                 some = turn[k:k + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]
                 for i in trained:
+                    if cfg.kl_beta:                                    # first: see models.using on shards
+                        with torch.no_grad(), models.using(params, start):
+                            _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
                     logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
                     kl = torch.zeros_like(loss)
                     if cfg.kl_beta:
-                        with torch.no_grad(), models.using(params, start):
-                            _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
                         kl = kl_loss(mean, mean_ref, v, v_ref, std, dts[i], cfg.kl_form)           # Eq. (4)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[i][some])
@@ -572,7 +574,7 @@ def train(cfg):
                 new = [policy(i) for i in trained]
                 with models.using(params, before):
                     old = [policy(i) for i in trained]
-            kl = sum(kl_loss(m, was, v, w, std, 0, "gaussian") for (_, m, std, v), (_, was, _, w) in zip(new, old))
+            kl = sum(kl_loss(m, m_0, v, v_0, s, 0, "gaussian") for (_, m, s, v), (_, m_0, _, v_0) in zip(new, old))
             moved = sum((p.detach() - q).square().sum() for p, q in zip(params, before)).sqrt().item()
             trust["eta"] = moved * len(norms) / sum(norms)
             trust["kl"] = run.sum(kl).item() / len(trained) / run.world

@@ -2,6 +2,7 @@
 
 And csrc/bench.py: rewards are timed, and the runs of models end with it.
 """
+import argparse
 import csv
 import importlib.util
 import json
@@ -214,6 +215,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"no LoRA")
     assert "is damaged" in refused(capsys, "--lora", lora)
+    assert "--device cuda:99: PyTorch" in refused(capsys, "--device", "cuda:99")
     assert "No such file" in refused(capsys, "--lora", tmp_path / "none.safetensors")
     monkeypatch.setitem(rewards.BENCHMARKS, "drawbench", (tmp_path / "none.txt", *rewards.BENCHMARKS["drawbench"][1:]))
     assert "curl -L" in refused(capsys, "--benchmark", "drawbench")
@@ -245,6 +247,14 @@ def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):
     for file in ("lora.safetensors", "transformer"):
         shutil.rmtree(tmp_path / "dgpo" / file, ignore_errors=True)
     assert "holds no trained weights" in refused(capsys, "--model", tmp_path / "dgpo")
+
+
+def test_any_number_of_processes(random_model, monkeypatch):
+    """DGPO's preset for SD3.5 has 8 groups, which three processes cannot share: a benchmark samples no groups."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = argparse.Namespace(model=str(random_model), weights="", lora="", device="cpu", preset="official")
+    _, cfg, _ = rewards.bench_model(args)
+    assert cfg.groups == 3 and cfg.eval_steps == dgpo.PRESETS["official"]["sd3"]["eval_steps"]
 
 
 @pytest.mark.parametrize("lam", (True, False))

@@ -770,6 +770,40 @@ def test_lora(module, flags, random_model):
     models.add_lora(other, 4, 8.0, models.MMDiT.lora_targets)
     models.load_lora(other, "out/lora.safetensors")
     torch.testing.assert_close(other(x, t, context, pooled), trained, rtol=1e-5, atol=1e-6)
+    assert Path("out/last/lora.safetensors").read_bytes() == Path("out/lora.safetensors").read_bytes()
+
+
+def no_swap_before_backward(network, monkeypatch):
+    """Fail where other weights come and go between a network's pass with gradients and its backward pass: FSDP2 gathers
+    shards again for that one, on a stream that waits for no copy. Returns a list: how many passes each backward had."""
+    waiting, backwards, swap, forward, back = [], [], models._swap, network.forward, torch.Tensor.backward
+
+    def passing(net, *args):
+        out = forward(net, *args)
+        waiting.extend([out] * out.requires_grad)
+        return out
+
+    def swapping(params, values):
+        assert not waiting
+        swap(params, values)
+
+    def backing(loss):
+        backwards.append(len(waiting))
+        waiting.clear()
+        back(loss)
+    for owner, name, f in ((network, "forward", passing), (models, "_swap", swapping),
+                           (torch.Tensor, "backward", backing)):
+        monkeypatch.setattr(owner, name, f)
+    return backwards
+
+
+@pytest.mark.parametrize("module, settings", (
+    (dgpo, dict(ref="start", kl_ref="start", clip_range=.01, cfg_ref=2.0)), (dgpo, dict(micro_batch=2)),
+    (grpo, dict(kl_beta=.1)), (slas, dict(kl_beta=.1, method="flow", fisher_every=0))))
+def test_no_swap_before_a_backward_pass(module, settings, flags, monkeypatch):
+    backwards = no_swap_before_backward(models.MMDiT, monkeypatch)
+    run(module, flags(**settings))
+    assert backwards and min(backwards) == 1
 
 
 def test_prompts_from_a_file(flags):

@@ -357,7 +357,9 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     line = ["rl", "--method", method, "--model", fresh / method, "--steps", 1, "--groups", 2, "--group-size", 2,
             "--updates", 1, "--sample-steps", 3, "--reward", f"{reward_file}:red",
             "--eval-reward", f"{reward_file}:red", "--dtype", "float64", "--lr", 1e-3, "--out", "out", *SMALL]
+    backwards = test_loop.no_swap_before_backward(models.UViT, monkeypatch)
     last = run(line, capsys)
+    assert backwards == [1, 1, 1]                                      # two steps of the chain, the last landing
     assert last["method"] == method and last["images"] == 4 and last["eval_after"] != last["eval_before"]
     rows = [json.loads(row) for row in Path("out/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["ratio"] == pytest.approx(1, abs=1e-12) and rows[0]["backwards"] == 4 * 2 + 2

@@ -475,17 +475,19 @@ def test_flags(capsys):
 
 
 def test_presets(monkeypatch):
-    for model, reward, every in (("sd14", "hpsv2:1,clip-dfn:1", 10), ("flux", "hpsv2:0.7,clip-dfn:1.4", 0)):
+    for model, reward in (("sd14", "hpsv2:1,clip-dfn:1"), ("flux", "hpsv2:0.7,clip-dfn:1.4")):
         for preset in ("paper", "official"):
             monkeypatch.setenv("WORLD_SIZE", "1")                       # FLUX trains in shards, under torchrun
             cfg = data.cli(slas.Config, slas.PRESETS, ["--preset", preset, "--model", model], slas.METHODS)
-            assert (cfg.reward, cfg.method, cfg.fisher_every, cfg.adv_std) == (reward, "dance", every, "batch")
+            assert (cfg.reward, cfg.method, cfg.fisher_every, cfg.adv_std) == (reward, "dance", 0, "batch")
             assert (cfg.gamma, cfg.adv_clip, cfg.lr, cfg.shared_noise) == ("1", 5.0, 1e-5, True)
             dance = data.cli(grpo.Config, grpo.PRESETS, ["--preset", preset, "--model", model], grpo.METHODS)
             assert dance.reward == {"paper": reward, "official": "hpsv2"}[preset] and not dance.gold_reward
     cfg = data.cli(slas.Config, slas.PRESETS, [], slas.METHODS)
     assert (cfg.model, cfg.method, cfg.noise_level, cfg.shared_noise) == ("tiny", "dance", .3, True)
-    assert data.cli(slas.Config, slas.PRESETS, ["--model", "sd35m"], slas.METHODS).method == "flow"
+    for gamma, std in (("1", "batch"), ("auto", "before")):
+        cfg = data.cli(slas.Config, slas.PRESETS, ["--model", "sd35m", "--gamma", gamma], slas.METHODS)
+        assert (cfg.method, cfg.gamma, cfg.adv_std) == ("flow", gamma, std)
 
 
 @pytest.mark.parametrize("module", (grpo, slas))
