@@ -1324,8 +1324,9 @@ def check_device(name, device):
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:                    # no such word, no such device
         raise ValueError(f"{flag}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):      # opens no context
-        raise ValueError(f"{flag}: PyTorch {torch.__version__} sees {found} GPUs on this machine")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0                  # neither opens a context
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"{flag}: PyTorch {torch.__version__} can use {found} GPU(s) on this machine")
 
 
 def check_common(cfg):
@@ -1518,7 +1519,8 @@ class Run:
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
-            if state and list(state["written"] if isinstance(state["written"], dict) else ()) != list(self.FILES):
+            written = state and state.get("written")
+            if state and list(written if isinstance(written, dict) else ()) != list(self.FILES):
                 raise ValueError(f"{out / file} is another version's of this code: use that, or try another --out")
         self._refuse_taken(out)
         return out, state
@@ -1690,6 +1692,7 @@ class Run:
     def save(self, params, ema, opt, stream=None):
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
 
+        Then last/lora.safetensors, where a LoRA is trained: its moving average, if there is one, as the end writes it.
         stream: training data, whose place is kept for every process. Sharded weights go by torch.distributed.checkpoint
         into last/shards-STEP, which state.pt names when it is whole; any number of processes can read them again.
         """
@@ -1711,11 +1714,11 @@ class Run:
                 with open(self.out / file, "ab") as f:
                     os.fsync(f.fileno())
                     written[file] = f.tell()
-            if self.cfg.lora_rank:                                    # to be tried while the run goes on
-                with models.using(params, ema):
-                    models.save_lora(self.net, self.out / "last" / "lora.safetensors")
             state = {**big, "count": self.count, "norms": self.norms, "written": written}
             write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
+            if self.cfg.lora_rank:                                    # for trying it while the run goes on
+                with models.using(params, ema):
+                    models.save_lora(self.net, self.out / "last" / "lora.safetensors")
             for old in (self.out / "last").glob("shards-*"):
                 if old.name != name:
                     shutil.rmtree(old)

@@ -11,11 +11,11 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
     (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below        learn, hold_error
 
-Departs from the paper: l is a mean, not a sum, over the latent's dimensions; beta is the paper's times T, G and their
-number, as in the released code; the loss is divided by beta, so that kl_beta means the same for every beta. (6)'s KL,
-the PPO-like clip of l, the cut of advantages and timesteps from the sampler's grid are the released code's, (6)'s hold
-is ours; all are flags. The tiny preset's reference is the slow moving average of the weights, not the frozen start:
-README, "What keeps DGPO stable".
+Departs from the paper: l is a mean, not a sum, over the latent's D dimensions; beta is the paper's times T, G and D, as
+in the released code; the loss is divided by beta, so that kl_beta means the same for every beta. (6)'s KL, the PPO-like
+clip of l, the cut of advantages and timesteps from the sampler's grid are the released code's, (6)'s hold is ours; all
+are flags. The tiny preset's reference is the slow moving average of the weights, not the frozen start: README, "What
+keeps DGPO stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes

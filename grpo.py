@@ -436,8 +436,8 @@ def train(cfg):
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
-        first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))   # not the last,
-        window = range(first, first + length)                          # see below
+        first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
+        window = range(first, first + length)                          # without the last step, see below
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = []
         for s in chunks:                                               # one is scored while the next is sampled

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -2073,8 +2073,9 @@ def save_lora(net, file):
     """Write the LoRA as diffusers' load_lora_weights reads it. B is written times alpha / rank.
 
     Such a file states no alpha, and every version of diffusers then takes alpha / rank = 1. Raises ValueError for a
-    network without a LoRA, FileNotFoundError for a folder that does not exist.
+    network without a LoRA and for a full disk, FileNotFoundError for a folder that does not exist.
     """
+    import data
     layers, state = lora_layers(net), {}
     if not layers:
         raise ValueError(f"{file}: the network has no LoRA to write: call add_lora first, or save_pretrained for the "
@@ -2084,8 +2085,7 @@ def save_lora(net, file):
     for name, module in layers.items():
         name, a, b = net.lora_prefix + name, module.lora_A.detach(), module.lora_B.detach() * module.lora_scale
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a.cpu().contiguous(), b.cpu().contiguous()
-    save_file(state, f"{file}.new", metadata={"format": "pt"})
-    os.replace(f"{file}.new", file)                                   # whole or not at all
+    data.write_atomic(file, save(state, {"format": "pt"}))
 
 
 def lora_file(path):

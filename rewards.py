@@ -2724,8 +2724,9 @@ def bench_model(args):
         model = str(parts.get("model", settings["model"]))             # or a U-ViT's whole pipeline
         weights = weights or ("" if "model" in parts else settings["weights"])
         if not (part or lora or "model" in parts):
-            raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first, or "
-                             f"take the LoRA of its last checkpoint: --lora {run / 'last' / 'lora.safetensors'}")
+            now = run / "last" / "lora.safetensors"
+            raise ValueError(f"{run} holds no trained weights: a run writes them at its end, so --resume it first" +
+                             f", or take its last checkpoint's: --lora {now}" * now.is_file())
     uvit = models.family(model, weights) == "uvit"
     script = importlib.import_module("proxt2i" if uvit else "dgpo")
     given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}

@@ -501,8 +501,8 @@ def train(cfg):
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
-        first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))   # not the last,
-        window = range(first, first + length)                          # see below
+        first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
+        window = range(first, first + length)                          # without the last step, see below
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = []
         for s in chunks:                                               # one is scored while the next is sampled
@@ -574,7 +574,7 @@ def train(cfg):
                 new = [policy(i) for i in trained]
                 with models.using(params, before):
                     old = [policy(i) for i in trained]
-            kl = sum(kl_loss(m, m_0, v, v_0, s, 0, "gaussian") for (_, m, s, v), (_, m_0, _, v_0) in zip(new, old))
+            kl = sum(kl_loss(m, m_, v, v_, s, 0, "gaussian") for (_, m, s, v), (_, m_, _, v_) in zip(new, old))
             moved = sum((p.detach() - q).square().sum() for p, q in zip(params, before)).sqrt().item()
             trust["eta"] = moved * len(norms) / sum(norms)
             trust["kl"] = run.sum(kl).item() / len(trained) / run.world

@@ -166,8 +166,8 @@ def append(file, rows):
 def tried(rows, method, race):
     """{settings: the last validation score, strict} of a method's tuning runs, the last in the file of each.
 
-    race: its reward, budget and flags. What is ahead after two minutes may have collapsed after five, so only tuning
-    for as long as the race counts.
+    race: its reward, flags and the tuning's budget: the race's own, unless --tuned names another, since what is ahead
+    after two minutes may have collapsed after five.
     """
     return {row["settings"]: row["strict"] for row in rows if (row["method"], row["variant"]) == (method, "tune")
             and all(row[key] == race[key] for key in ("reward", "budget", "flags"))}
@@ -196,18 +196,21 @@ def parsed(argv):
     add("--out", type=Path, default=Path("runs/race"), help="the runs' folders and the pictures")
     add("--csv", type=Path, default=ROOT / "tests/race.csv")
     add("--tune", action="store_true", help="the three configurations of each method, one seed")
-    add("--tuned", default="", metavar="BUDGET", help='settings by another tuning: "6 minutes" (of the same budget)')
+    add("--tuned", default="", metavar="BUDGET", help='whose choices count: "6 minutes" (of the race\'s own length)')
     add("--table", action="store_true", help="run nothing")
     args, args.flags = parser.parse_known_args(argv)
     args.methods, args.variants = (list(filter(None, text.split(","))) for text in (args.methods, args.variants))
     known = {"all", *(variant for method in args.methods for variant in VARIANTS.get(method, ()))}
     unknown = [*(set(args.methods) - METHODS.keys()), *(set(args.variants) - known)]
     taken = {word.split("=")[0] for word in args.flags} & {"--seed", "--steps", "--out", "--resume", "--eval-reward"}
-    tunings = {row["budget"] for row in read(args.csv) if row["variant"] == "tune"}
+    tunings = {row["budget"] for row in read(args.csv) if row["variant"] == "tune" and
+               (row["reward"], row["flags"]) == (args.reward, shlex.join(args.flags))}
     for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}"), (taken, f"{', '.join(taken)}: the race's own"),
                        (args.minutes and args.rollouts, "--minutes or --rollouts, not both"),
                        (args.first_seed < 0, "--first-seed: 0 or more"),
-                       (args.tuned and args.tuned not in tunings, f"--tuned: {args.csv} has {sorted(tunings)}"),
+                       (args.tuned and args.tune, "--tune or --tuned, not both"),
+                       (args.tuned and args.tuned not in tunings, f"--tuned {args.tuned!r}: of this reward and these "
+                        f"flags {args.csv} has tunings of {', '.join(sorted(tunings)) or 'no length'}"),
                        (min(args.seeds, args.jobs) < 1, "--seeds and --jobs: 1 or more"),
                        (args.table and not args.csv.exists(), f"{args.csv} does not exist: run the race first")):
         if wrong:

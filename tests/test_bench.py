@@ -215,7 +215,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"no LoRA")
     assert "is damaged" in refused(capsys, "--lora", lora)
-    assert "--device cuda:99: PyTorch" in refused(capsys, "--device", "cuda:99")
+    assert "GPU(s) on this machine" in refused(capsys, "--device", "cuda:99")
     assert "No such file" in refused(capsys, "--lora", tmp_path / "none.safetensors")
     monkeypatch.setitem(rewards.BENCHMARKS, "drawbench", (tmp_path / "none.txt", *rewards.BENCHMARKS["drawbench"][1:]))
     assert "curl -L" in refused(capsys, "--benchmark", "drawbench")
@@ -246,7 +246,14 @@ def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):
     assert torch.equal(painted(lora)[0], painted(tmp_path / "grpo-bench")[0])
     for file in ("lora.safetensors", "transformer"):
         shutil.rmtree(tmp_path / "dgpo" / file, ignore_errors=True)
-    assert "holds no trained weights" in refused(capsys, "--model", tmp_path / "dgpo")
+    assert refused(capsys, "--model", tmp_path / "dgpo").strip().endswith("so --resume it first")
+    (tmp_path / "grpo" / "lora.safetensors").unlink()
+    now = tmp_path / "grpo" / "last" / "lora.safetensors"
+    assert f"--lora {now}" in refused(capsys, "--model", tmp_path / "grpo")
+    early = tmp_path / "early"
+    bench(early, "--model", tmp_path / "grpo", "--lora", now, "--benchmark", "shapes", "--draw", 5, "--reward",
+          "shapes", "--eval-steps", 3, "--micro-batch", 96)
+    assert torch.equal(painted(early)[0], painted(tmp_path / "grpo-bench")[0])
 
 
 def test_any_number_of_processes(random_model, monkeypatch):

@@ -287,7 +287,7 @@ def test_resume_from_a_damaged_run(module, small, refused):
         before = snapshot("out")
         refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is damaged", "--out")
         assert snapshot("out") == before
-    for written in (1, {"metrics.jsonl": 1}):                          # as earlier code wrote it
+    for written in (None, 1, {"metrics.jsonl": 1}):                    # as earlier code wrote it
         torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "written": written}, state)
         refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is another version's")
     state.write_bytes(whole)

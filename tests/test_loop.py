@@ -241,10 +241,10 @@ class Killed(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
 
 
-@BOTH
-def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
+@pytest.mark.parametrize("module, more", ((dgpo, {}), (grpo, {}), (grpo, dict(lora_rank=2))))
+def test_killed_at_every_write_and_resumed(module, more, flags, monkeypatch):
     """Killed at each fsync and each replace in turn, resumed each time: the same bits as a run that was left alone."""
-    settings = dict(steps=5, save_every=2, eval_every=2)
+    settings = dict(steps=5, save_every=2, eval_every=2, **more)
     _, rows, state = run(module, flags(out="whole", **settings))
     fsync, replace, left = os.fsync, os.replace, 0
 
@@ -260,7 +260,7 @@ def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
     monkeypatch.setattr(os, "replace", bomb(replace))
     kills, line = 0, flags(out="killed", **settings)
     while True:                                                        # each life gets one write further than the last
-        left = kills // 2 + 1 if kills < 10 else 7 + kills % 4
+        left = kills // 2 + 1 if kills < 24 else 7 + kills % 6         # a first checkpoint is the writes 7 to 12
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 module.main(line + ["--resume"] * (kills > 0 and Path("killed/config.json").exists()))
@@ -274,8 +274,8 @@ def test_killed_at_every_write_and_resumed(module, flags, monkeypatch):
             elif not Path("killed/config.json").exists():
                 for path in sorted(Path("killed").rglob("*"), reverse=True):
                     path.rmdir() if path.is_dir() else path.unlink()
-        assert kills < 40
-    assert kills >= 5
+        assert kills < 60
+    assert kills >= 20
     assert without_seconds(map(json.loads, open("killed/metrics.jsonl"))) == without_seconds(rows)
     assert without_seconds(evals("killed")) == without_seconds(evals("whole"))
     assert same(torch.load("killed/last/state.pt", weights_only=True), state)
@@ -773,6 +773,16 @@ def test_lora(module, flags, random_model):
     assert Path("out/last/lora.safetensors").read_bytes() == Path("out/lora.safetensors").read_bytes()
 
 
+@BOTH
+def test_a_checkpoint_holds_the_lora_that_the_run_would_end_with(module, flags, monkeypatch):
+    save, found = data.Run.save, []
+    run(module, flags(lora_rank=4, out="short"))
+    monkeypatch.setattr(data.Run, "save", lambda self, *args: (save(self, *args), found.append(
+        (self.out / "last" / "lora.safetensors").read_bytes())))
+    run(module, flags(lora_rank=4, out="long", steps=3, save_every=2))
+    assert found[0] == Path("short/lora.safetensors").read_bytes() != found[1]
+
+
 def no_swap_before_backward(network, monkeypatch):
     """Fail where other weights come and go between a network's pass with gradients and its backward pass: FSDP2 gathers
     shards again for that one, on a stream that waits for no copy. Returns a list: how many passes each backward had."""
@@ -803,7 +813,7 @@ def no_swap_before_backward(network, monkeypatch):
 def test_no_swap_before_a_backward_pass(module, settings, flags, monkeypatch):
     backwards = no_swap_before_backward(models.MMDiT, monkeypatch)
     run(module, flags(**settings))
-    assert backwards and min(backwards) == 1
+    assert set(backwards) == {1}
 
 
 def test_prompts_from_a_file(flags):

@@ -262,7 +262,7 @@ def test_a_variant_has_its_base_beside_it(tmp_path):
         f"x{group}-{score}.png" for group in ("", "-dgpo-1", "-dgpo-2") for score in curves.SCORES}
 
 
-def test_the_choice_is_by_validation_once_all_were_tried():
+def test_the_choice_is_by_validation_once_all_were_tried(tmp_path):
     settings = race.METHODS["dgpo"][1:]
     rows = [row for text, points in zip(settings, ([.2, .4], [.2, .5], [.6, .3]))
             for row in rows_of("dgpo", 1000, [(0, 0, y) for y in points], (0, 0), variant="tune", settings=text)[:2]]
@@ -276,9 +276,14 @@ def test_the_choice_is_by_validation_once_all_were_tried():
         ("dgpo", "base", "--lr 4e-4", 1), ("dgpo", "sde", "--lr 4e-4", 1), ("slas", "base", "", 1)]
     args = race.parsed(["--methods", "slas", "--seeds", "2", "--first-seed", "1"])
     assert [run["seed"] for run in race.plan(args, rows)] == [1, 2]
-    args = race.parsed(["--methods", "dgpo", "--seeds", "1", "--minutes", "9", "--tuned", "6 minutes"])
-    tuned = [dict(row, budget="6 minutes") for row in rows]
-    assert [(run["settings"], run["budget"]) for run in race.plan(args, tuned)] == [("--lr 4e-4", "9 minutes")]
+    line = ["--methods", "dgpo", "--seeds", "1", "--minutes", "9", "--csv", str(tmp_path / "race.csv")]
+    race.append(tmp_path / "race.csv", rows)
+    assert [run["settings"] for run in race.plan(race.parsed(line), rows)] == [""]
+    args = race.parsed([*line, "--tuned", "8 minutes"])
+    assert [(run["settings"], run["budget"]) for run in race.plan(args, rows)] == [("--lr 4e-4", "9 minutes")]
+    for more in (["--reward", "tiny-clip"], ["--dtype", "bfloat16"], ["--tune"]):      # no such tuning; one that begins
+        with pytest.raises(SystemExit):
+            race.parsed([*line, "--tuned", "8 minutes", *more])
 
 
 # =============================================================================================================== runs
