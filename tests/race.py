@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from curves import AXES, COLUMNS, curve, read, report, run_of  # noqa: E402
 
-METHODS = {     # the script, and what --tune tries: its defaults, another rate, the parameter that matters most
+METHODS = {     # the script, and what --tune tries: its defaults, another rate, one more parameter
     "flow-grpo": ("grpo.py --method flow", "", "--lr 1e-4", "--noise-level 0.5"),
     "dancegrpo": ("grpo.py --method dance", "", "--lr 1e-4", "--noise-level 0.5"),
     "slas": ("slas.py", "", "--lr 1e-4", "--gamma 0.5"),
