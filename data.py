@@ -1521,7 +1521,7 @@ class Run:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
             written = state and state.get("written")
             if state and list(written if isinstance(written, dict) else ()) != list(self.FILES):
-                raise ValueError(f"{out / file} is another version's of this code: use that, or try another --out")
+                raise ValueError(f"{out / file} is of another version of this code: use that one, or another --out")
         self._refuse_taken(out)
         return out, state
 

@@ -289,7 +289,7 @@ def test_resume_from_a_damaged_run(module, small, refused):
         assert snapshot("out") == before
     for written in (None, 1, {"metrics.jsonl": 1}):                    # as earlier code wrote it
         torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "written": written}, state)
-        refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is another version's")
+        refused(module, [*small, "--resume", "--steps", "2"], "out/last/state.pt is of another version")
     state.write_bytes(whole)
     config.write_bytes(settings[:20])
     refused(module, [*small, "--resume", "--steps", "2"], "out/config.json is damaged")
