@@ -182,7 +182,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
-    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt < 0, in flow-grpo alone. In use:
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, for flow-grpo. Three forms:
     gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
     flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
     velocity   |v - v_ref|^2                           DGPO's
@@ -437,7 +437,7 @@ def train(cfg):
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
-        window = range(first, first + length)                          # without the last step, see below
+        window = range(first, first + length)                          # a window leaves out the last step, see below
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = []
         for s in chunks:                                               # one is scored while the next is sampled

@@ -483,6 +483,8 @@ def test_presets(monkeypatch):
             assert (cfg.gamma, cfg.adv_clip, cfg.lr, cfg.shared_noise) == ("1", 5.0, 1e-5, True)
             dance = data.cli(grpo.Config, grpo.PRESETS, ["--preset", preset, "--model", model], grpo.METHODS)
             assert dance.reward == {"paper": reward, "official": "hpsv2"}[preset] and not dance.gold_reward
+            released = {"flux": (.01, .995, 40), "sd14": (1.0, 0.0, 10)}[model]
+            assert all((c.max_grad_norm, c.ema, c.save_every) == released for c in (cfg, dance))
     cfg = data.cli(slas.Config, slas.PRESETS, [], slas.METHODS)
     assert (cfg.model, cfg.method, cfg.noise_level, cfg.shared_noise) == ("tiny", "dance", .3, True)
     for gamma, std in (("1", "batch"), ("auto", "before")):
