@@ -498,13 +498,8 @@ def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
 def train(cfg):
     run = data.Run(cfg, "dgpo")
     ops.use(cfg.fused)
-    torch.manual_seed(cfg.seed)
-    pipe, params = data.load_policy(cfg, run)
-    net = pipe.net
-    start = [p.detach().clone() for p in params]                       # the model before RL
     # == same: set-up (dgpo grpo proxt2i slas) ==
-    ema = [p.clone() for p in start] if cfg.ema else None
-    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    models.find(cfg.model, cfg.weights or None, cfg.init or None)      # what is missing shows before anything is loaded
     score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
     scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
@@ -512,6 +507,12 @@ def train(cfg):
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     # == end ==
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run)
+    net = pipe.net
+    start = [p.detach().clone() for p in params]                       # the model before RL
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
              if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]

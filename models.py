@@ -1864,6 +1864,33 @@ def parameter_count(model, weights=""):
         return None
 
 
+def find(model, weights=None, init=None):
+    """(original single file or None, directory, built-in configs or None) of what load reads; arguments as there.
+
+    Raises FileNotFoundError that says how the weights come, where there are none.
+    """
+    file, directory = locate(model, weights)
+    known = CONFIGS.get(model) if init or file else None              # these need no directory that describes them
+    if directory.is_dir() or (init and known):
+        return file, directory, known
+    if directory.suffix == ".safetensors":
+        raise FileNotFoundError(f"--weights {directory} does not exist: give a directory as diffusers has them, or "
+                                f"an original single file of the network")
+    if model in SOURCES:
+        exclude = "".join(f' --exclude "{pattern}"' for pattern in DUPLICATES[model])
+        licence, login = ((f", once you accept the licence on https://huggingface.co/{SOURCES[model]},",
+                           "hf auth login && ") if model in GATED else ("", ""))
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{licence} "
+                                f"by: pip install huggingface_hub && {login}hf download {SOURCES[model]}{exclude} "
+                                f"--local-dir {directory}")
+    if model == "uvit":
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
+                                f"They come by: python proxt2i.py train --model {model} --preset paper --weights "
+                                f"ENCODERS --images IMAGES --out OUT, then --weights OUT/model")
+    raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is "
+                            f"{', '.join([*SHIPPED, *CONFIGS])} or a directory in the diffusers layout")
+
+
 def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
     """A whole pipeline from a name (tiny, tiny-prox, tiny-score, sd35m, flux, sd14, uvit), or from a directory in the
     diffusers layout.
@@ -1876,25 +1903,7 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     """
     if init not in (None, "random"):
         raise ValueError(f"init={init!r}: 'random' or nothing")
-    file, directory = locate(model, weights)
-    known = CONFIGS.get(model) if init or file else None              # these need no directory that describes them
-    if not directory.is_dir() and not (init and known):
-        if directory.suffix == ".safetensors":
-            raise FileNotFoundError(f"--weights {directory} does not exist: give a directory as diffusers has them, or "
-                                    f"an original single file of the network")
-        if model in SOURCES:
-            exclude = "".join(f' --exclude "{pattern}"' for pattern in DUPLICATES[model])
-            licence, login = ((f", once you accept the licence on https://huggingface.co/{SOURCES[model]},",
-                               "hf auth login && ") if model in GATED else ("", ""))
-            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{licence} "
-                                    f"by: pip install huggingface_hub && {login}hf download {SOURCES[model]}{exclude} "
-                                    f"--local-dir {directory}")
-        if model == "uvit":
-            raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
-                                    f"They come by: python proxt2i.py train --model {model} --preset paper --weights "
-                                    f"ENCODERS --images IMAGES --out OUT, then --weights OUT/model")
-        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. A model is "
-                                f"{', '.join([*SHIPPED, *CONFIGS])} or a directory in the diffusers layout")
+    file, directory, known = find(model, weights, init)
     if known and not (directory / "model_index.json").is_file():
         pipeline, shift, configs = known
         parts = list(configs)

@@ -616,13 +616,8 @@ def train_rl(cfg):
     """Stage rl: GRPO on the chain of Eq. (7), or on the score model's Euler-Maruyama chain."""
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
-    torch.manual_seed(cfg.seed)
-    pipe, params = data.load_policy(cfg, run)
-    net, n = pipe.net, cfg.sample_steps
-    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     # == same: set-up (dgpo grpo proxt2i slas) ==
-    ema = [p.clone() for p in start] if cfg.ema else None
-    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    models.find(cfg.model, cfg.weights or None, cfg.init or None)      # what is missing shows before anything is loaded
     score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
     scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
@@ -630,6 +625,12 @@ def train_rl(cfg):
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     # == end ==
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run)
+    net, n = pipe.net, cfg.sample_steps
+    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     pipe.latent_shape(cfg.resolution), check_model(cfg, pipe)          # refuse what the model cannot do
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")

@@ -452,13 +452,8 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
 def train(cfg):
     run = data.Run(cfg, "slas")
     ops.use(cfg.fused)
-    torch.manual_seed(cfg.seed)
-    pipe, params = data.load_policy(cfg, run)
-    net = pipe.net
-    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     # == same: set-up (dgpo grpo proxt2i slas) ==
-    ema = [p.clone() for p in start] if cfg.ema else None
-    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    models.find(cfg.model, cfg.weights or None, cfg.init or None)      # what is missing shows before anything is loaded
     score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
     scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
@@ -466,6 +461,12 @@ def train(cfg):
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     # == end ==
+    torch.manual_seed(cfg.seed)
+    pipe, params = data.load_policy(cfg, run)
+    net = pipe.net
+    start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
+    ema = [p.clone() for p in start] if cfg.ema else None
+    opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     kind = sde_kind(pipe, cfg)
     if pipe.ddpm and cfg.noise_level > 1:

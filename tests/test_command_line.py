@@ -319,7 +319,7 @@ def test_bad_prompt_files(module, small, refused):
 
 
 @BOTH
-def test_bad_rewards(module, small, refused, reward_file):
+def test_bad_rewards(module, small, refused, reward_file, monkeypatch):
     for name, words in (("shape", ("'shape'", "shapes")), (f"{reward_file}:", ("''",)),
                         (f"{reward_file}:read", ("'read'",)),
                         ("missing.py:red", ("missing.py",)), ("shapes:heavy", ("'heavy'",))):
@@ -328,6 +328,11 @@ def test_bad_rewards(module, small, refused, reward_file):
             assert not Path("out").exists()
     for device in ("gpu", "cuda:99"):
         refused(module, [*small, "--reward-device", device], f"--reward-device {device}")
+    monkeypatch.setattr(models, "load", None)                          # a large model is not loaded first
+    refused(module, [*small, "--reward", "missing.py:red"], "missing.py")
+    refused(module, [*small, "--prompts", "missing.txt"], "missing.txt")
+    refused(module, [*small, "--model", "sd35m", "--weights", "", "--reward", "missing.py:red"],
+            "no weights for --model sd35m")
     refused(module, [*small, "--reward-dtype", "bfloat16"], "is computed in float32")
     refused(module, [*small, "--reward-dtype", "float16"], "--reward-dtype 'float16' is unknown")
 
