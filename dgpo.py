@@ -504,6 +504,7 @@ def train(cfg):
     scoring = data.Scoring(run, score)
     judges = rewards.judges(cfg, run.device)
     rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
+    rewards.check(score, rows["train"])
     test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
     val = data.draw_prompts(rows["val"], cfg.val_images, "val")
     # == end ==

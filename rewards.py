@@ -81,7 +81,8 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     rollout (or, without --overlap, from the main thread): an image's reward may depend on its group, on no other image.
     score.weights is {name: weight}, score.values the last call's {name: raw rewards (B,)},
     score.rewards {name: its function}. Of ours many know more: `nets`, the networks, and `engine`, the name of what
-    looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread.
+    looked at the images; `answers`, what it said of each at the last call; a judge's `unparsed`, the share unread;
+    `check(prompt, meta)`, which raises ValueError for what it cannot hold an image against, before there is one.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: rewards are computed in 'float32', or some of them in 'bfloat16'")
@@ -124,6 +125,13 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     score.values, score.weights = {}, {name: sum(f for n, f, _ in terms if n == name) for name, *_ in terms}
     score.rewards = {name: reward for name, _, reward in terms}
     return score
+
+
+def check(score, rows):
+    """Raises ValueError for a prompt that a reward will refuse: at the start, not when it is drawn, hours later."""
+    for reward in score.rewards.values():
+        for row in rows if hasattr(reward, "check") else ():
+            reward.check(row["prompt"], row)
 
 
 def judges(cfg, device="cpu"):
@@ -740,8 +748,10 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_new)
             tensors = dict(tensors.get("state_dict", tensors))
     except Exception as e:                                            # the readers raise a dozen types
-        why = str(e).strip().partition("\n")[0][:200]
-        raise ValueError(f"{file} is damaged, or holds more than tensors ({why}): download it again") from None
+        other = re.search(r"GLOBAL (\S+)", str(e))                     # what weights_only will not make
+        why = f"a {other[1]}" if other else str(e).strip().partition("\n")[0][:200]
+        raise ValueError(f"{file} is damaged, or holds more than tensors ({why}): download it again, or save its "
+                         f"{{name: tensor}} alone") from None
     odd = [key for key, tensor in tensors.items() if not (isinstance(key, str) and torch.is_tensor(tensor))]
     if odd:
         raise ValueError(f"{file} is no plain table of tensors: {odd[0]!r} is none; save its {{name: tensor}} alone")
@@ -750,6 +760,8 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
         if key.endswith(tuple(ignore)):
             continue
         for name, part in convert(key, tensor):
+            if name in want and part.numel() == want[name].numel() == 1:
+                part = part.view(want[name].shape)                     # a logit_scale () that was saved as (1,)
             if name not in want or part.shape != want[name].shape:
                 raise ValueError(f"{file}: {key} {tuple(tensor.shape)} has no place in this {type(net).__name__}: the "
                                  f"file belongs to another architecture")
@@ -763,19 +775,20 @@ def read_weights(net, file, device="cpu", convert=lambda key, tensor: [(key, ten
 
 
 def clip_pixels(images, size, how="pil"):
-    """Images (B, 3, H, W) in [0, 1] as a CLIP sees them: (B, 3, size, size), normalised, in one of five ways.
+    """Images (B, 3, H, W) in [0, 1] as a CLIP sees them: (B, 3, size, size), normalised, in one of six ways.
 
-    pil       8 bits, PIL's bicubic to a short side of `size`, centre crop: transformers' CLIPImageProcessor
-    bicubic   the same on the images' device, without rounding to 8 bits: faster, a little off the reference
-    bilinear  as DGPO's CLIP score, which takes the default of torchvision's Resize
-    pad       HPSv2: 8 bits, then floats; bicubic to a long side of `size`, and a black frame: nothing is cropped
-    squash    DFN5B in open_clip: 8 bits, PIL's bicubic to `size` x `size`, whatever the image's shape
+    pil          8 bits, PIL's bicubic to a short side of `size`, centre crop: transformers' CLIPImageProcessor
+    torchvision  the same but for the crop, as in ImageReward's and open_clip's code (GenEval's colours)
+    bicubic      as pil on the images' device, without rounding to 8 bits: faster, a little off the reference
+    bilinear     as DGPO's CLIP score, which takes the default of torchvision's Resize
+    pad          HPSv2: 8 bits, then floats; bicubic to a long side of `size`, and a black frame: nothing is cropped
+    squash       DFN5B in open_clip: 8 bits, PIL's bicubic to `size` x `size`, whatever the image's shape
 
-    The crop starts at floor((long - size) / 2), as in transformers; torchvision rounds, one pixel later at times. All
-    filters are antialiased, as torchvision's since 0.17; before, its tensors (bilinear, pad here) were not.
+    The crop starts at (long - size) / 2, a half rounded down in transformers, to the even number in torchvision (and
+    bilinear). All filters are antialiased, as torchvision's since 0.17; before, its tensors (bilinear, pad) were not.
     """
-    if how not in ("pil", "squash", "bicubic", "bilinear", "pad"):
-        raise ValueError(f"how={how!r}: 'pil', 'squash', 'bicubic', 'bilinear' or 'pad'")
+    if how not in ("pil", "torchvision", "squash", "bicubic", "bilinear", "pad"):
+        raise ValueError(f"how={how!r}: 'pil', 'torchvision', 'squash', 'bicubic', 'bilinear' or 'pad'")
     H, W = images.shape[2:]
     if how == "pad":
         h, w = (round(n * (size / max(H, W))) for n in (H, W))
@@ -785,9 +798,9 @@ def clip_pixels(images, size, how="pil"):
     else:
         h, w = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
     images = images.float()
-    if how in ("pil", "squash", "pad"):
+    if how in ("pil", "torchvision", "squash", "pad"):
         images = (images * 255).round().clamp(0, 255) / 255            # what a PNG would hold
-    if how in ("pil", "squash"):
+    if how in ("pil", "torchvision", "squash"):
         arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         x = np.stack([Image.fromarray(array).resize((w, h), Image.Resampling.BICUBIC) for array in arrays])
         x = torch.from_numpy(x).to(images.device).permute(0, 3, 1, 2).float() / 255        # (B, 3, h, w)
@@ -800,7 +813,8 @@ def clip_pixels(images, size, how="pil"):
         top, left = (size - h) // 2, (size - w) // 2
         x = F.pad(x, (left, size - w - left, top, size - h - top))     # black, before it is normalised
     else:
-        top, left = (h - size) // 2, (w - size) // 2
+        start = round if how in ("torchvision", "bilinear") else math.floor
+        top, left = start((h - size) / 2), start((w - size) / 2)
         x = x[:, :, top:top + size, left:left + size]
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     return (x - mean) / std
@@ -838,23 +852,30 @@ _HF = "hf download {} {} --local-dir {{}}"
 _BPE = _HF.format("openai/clip-vit-large-patch14", "vocab.json merges.txt tokenizer_config.json")
 _BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
-MMDET_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"       # as GenEval's own download_models.sh calls it
+OPEN_CLIP_FILES = {                                                    # with open_clip's names inside, one of them
+    "hpsv2": ("HPS_v2.1_compressed.pt",),
+    "clip-dfn": ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")}
+_MMDET = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
+MMDET_FILES = (f"{_MMDET}.pth", f"{_MMDET}_20220504_001756-743b7d99.pth")    # GenEval's script's name; as published
+_MASK2FORMER = _HF.format("facebook/mask2former-swin-small-coco-instance", "config.json model.safetensors")
 DOWNLOADS = {
     "pickscore": (("config.json", "model.safetensors", *_BPE_FILES),
                   _HF.format("yuvalkirstain/PickScore_v1", "config.json model.safetensors") + " && " + _BPE),
-    "hpsv2": (("HPS_v2.1_compressed.pt", *_BPE_FILES),
+    "hpsv2": ((*OPEN_CLIP_FILES["hpsv2"], *_BPE_FILES),
               _HF.format("xswu/HPSv2", "HPS_v2.1_compressed.pt") + " && " + _BPE),
     "clip-l14": (("config.json", "model.safetensors", *_BPE_FILES),
                  _HF.format("openai/clip-vit-large-patch14", "config.json model.safetensors " + " ".join(_BPE_FILES))),
-    "clip-dfn": (("open_clip_pytorch_model.bin|open_clip_model.safetensors", *_BPE_FILES),
+    "clip-dfn": (("|".join(OPEN_CLIP_FILES["clip-dfn"]), *_BPE_FILES),
                  _HF.format("apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_pytorch_model.bin") + " && " + _BPE),
     "aesthetic": ((HEAD,), f"curl -L --create-dirs -o '{{}}/{HEAD}' https://github.com/christophschuhmann/"
                            f"improved-aesthetic-predictor/raw/main/{HEAD.replace('+', '%2B')}"),
     "imagereward": (("ImageReward.pt", "vocab.txt"), _HF.format("THUDM/ImageReward", "ImageReward.pt") + " && " +
                     _HF.format("google-bert/bert-base-uncased", "vocab.txt")),
     "tiny-clip": (("config.json", "model.safetensors", *_BPE_FILES), "python rewards.py train-proxy --out {}"),
-    "mask2former": (("model.safetensors|" + MMDET_FILE,),
-                    _HF.format("facebook/mask2former-swin-small-coco-instance", "config.json model.safetensors"))}
+    "mask2former": (("|".join((*MMDET_FILES, "model.safetensors")),),
+                    f"curl -L --create-dirs -o '{{}}/{MMDET_FILES[0]}' https://download.openmmlab.com/mmdetection/v2.0/"
+                    f"mask2former/{_MMDET}/{MMDET_FILES[1]} (the benchmark's and the papers'), or, another training "
+                    f"run of it, by: pip install huggingface_hub && {_MASK2FORMER}")}
 
 
 def weights_of(name, weights=None):
@@ -871,14 +892,17 @@ def weights_of(name, weights=None):
 
 
 @functools.cache                                                      # rewards that share a network hold it once
-def read_clip(directory, size, device="cpu"):
-    """A CLIP of one of CLIP_SIZES from a file with open_clip's names, else from a directory as transformers'."""
-    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "HPS_v2.1_compressed.pt"):
-        if (directory / name).is_file():
-            with torch.device("meta"):                                # shapes without memory
-                net = CLIP(**CLIP_SIZES[size])
-            return read_weights(net, directory / name, device, from_open_clip, ("attn_mask",))
-    return CLIP.from_pretrained(directory, device=device)
+def read_clip(directory, size, device="cpu", *files):
+    """A CLIP from a directory as transformers', or of one of CLIP_SIZES with open_clip's names from the first of files.
+
+    No other file is read: a folder may hold HPSv2's tower and the one that it was trained from, alike in every shape.
+    """
+    if not files:
+        return CLIP.from_pretrained(directory, device=device)
+    with torch.device("meta"):                                        # shapes without memory
+        net = CLIP(**CLIP_SIZES[size])
+    file = next(directory / file for file in files if (directory / file).is_file())
+    return read_weights(net, file, device, from_open_clip, ("attn_mask",))
 
 
 def in_batches(score, *nets, n=64):
@@ -900,7 +924,8 @@ def clip_reward(name, size, scale, how="pil", clean=str):
     """A maker of rewards scale(cosine (B,), exp(logit_scale) ()) from weights/name. clean: prompt -> prompt."""
     def make(weights=None, device="cpu", how=how):
         directory = weights_of(name, weights)
-        net, tokenize = read_clip(directory, size, device), models.CLIPTokenizer(directory)
+        net = read_clip(directory, size, device, *OPEN_CLIP_FILES.get(name, ()))
+        tokenize = models.CLIPTokenizer(directory)
 
         def score(images, prompts):
             ids = tokenize([clean(prompt) for prompt in prompts]).to(device)               # (b, 77)
@@ -1128,7 +1153,7 @@ class WordPiece:
 
 
 @functools.cache
-def imagereward(weights=None, device="cpu", how="pil"):
+def imagereward(weights=None, device="cpu", how="torchvision"):
     """ImageReward v1.0, about -2.3 to 2: a z-score of human preference. ValueError for another tokenizer's words."""
     directory = weights_of("imagereward", weights)
     tokenize = WordPiece(directory / "vocab.txt")
@@ -1552,7 +1577,9 @@ def instances(logits, masks, padded, inner, size, least=0., most=100):
 # =====================================================================================================================
 # What score_detections needs: objects by Mask2Former, their colours by CLIP. weights/mask2former holds one detector:
 # transformers' model.safetensors and its config.json, or mmdet's .pth, which the benchmark and the papers use. They
-# are two training runs of one network and their scores differ a little: say which, find.engine does.
+# are two training runs of one network and their scores differ a little: say which, find.engine does. Images are seen
+# as they are; the trainers' code differs: Flow-GRPO's detector sees them as JPEG, and exchanges red and blue, as
+# DGPO's, whose CLIP for colours has GELU where OpenAI's was trained with quick_gelu.
 
 SURE = .3                                     # a detection's least score; counting asks for more, in score_detections
 UNUSED = ("relative_position_index", "criterion.empty_weight",         # in files, and nothing to a detection
@@ -1563,7 +1590,7 @@ PHRASES = "a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} o
 @functools.cache
 def read_detector(directory, device="cpu"):
     """The Mask2Former in a directory, from transformers' or mmdet's file. Raises ValueError where both are."""
-    files = [directory / name for name in ("model.safetensors", MMDET_FILE) if (directory / name).is_file()]
+    files = [directory / name for name in ("model.safetensors", *MMDET_FILES) if (directory / name).is_file()]
     if len(files) != 1:
         raise ValueError(f"{directory} holds {' and '.join(file.name for file in files) or 'no detector'}, and their "
                          f"scores differ: leave one there")
@@ -1571,7 +1598,7 @@ def read_detector(directory, device="cpu"):
     if files[0].suffix == ".safetensors":
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory / 'config.json'} is missing, which says what model.safetensors holds. Both "
-                             f"come by: {DOWNLOADS['mask2former'][1].replace('{}', str(directory))}")
+                             f"come by: pip install huggingface_hub && {_MASK2FORMER.replace('{}', str(directory))}")
         config, convert = models.read_json(directory / "config.json"), lambda key, tensor: [(key, tensor)]
     with torch.device("meta"):
         net = Mask2Former(**config)
@@ -1638,7 +1665,7 @@ def geneval_engine(weights=None, device="cpu", batch=8):
                     for row in best if "color" in need else ():
                         x0, y0, x1, y1 = row["box"]
                         crop = torch.where(row["mask"], image, .6)[None, :, y0:y1, x0:x1]  # .6 is #999
-                        crops.append((row, clip_pixels(crop, clip.size)))                  # (1, 3, S, S)
+                        crops.append((row, clip_pixels(crop, clip.size, "torchvision")))        # (1, 3, S, S)
                 found.append(rows)
         for start in range(0, len(crops), 8 * batch):                  # crops are small, 224 x 224
             some = crops[start:start + 8 * batch]
@@ -1646,7 +1673,7 @@ def geneval_engine(weights=None, device="cpu", batch=8):
                 row["color"] = data.PAINTS[(paints(row["class"]) @ feature).argmax()]
         return [[{key: value for key, value in row.items() if key != "mask"} for row in rows] for rows in found]
 
-    trained = "mmdet's" if net.file.name == MMDET_FILE else "transformers'"
+    trained = "mmdet's" if net.file.name in MMDET_FILES else "transformers'"
     find.engine, find.nets = f"Mask2Former Swin-S, {trained} weights; colours by CLIP ViT-L/14", (net, clip)
     return find
 
@@ -1668,6 +1695,7 @@ def geneval(weights=None, device="cpu", key="score", **flags):
         values = torch.tensor([answer[key] for answer in reward.answers], device=images.device)
         return values.masked_fill(~images.isfinite().flatten(1).all(1), math.nan)
     reward.answers, reward.engine, reward.nets = [], find.engine, find.nets
+    reward.check = lambda prompt, meta: check_meta(meta)
     return reward
 
 
@@ -2264,9 +2292,10 @@ class EasyOCR:
 def ocr_target(prompt, meta=None):
     """The text that a prompt asks for: meta["target"], or what stands between the prompt's first pair of double quotes.
 
-    Curly quotes count as straight ones. Raises ValueError where there is no such text.
+    Curly quotes count as straight ones, and the prompt's end as a quote, as in Flow-GRPO's code. Raises ValueError
+    where there is no such text.
     """
-    quoted = re.search(r'"([^"]*)"', re.sub("[\u201c\u201d\u201e]", '"', prompt))
+    quoted = re.search(r'"([^"]*)', re.sub("[\u201c\u201d\u201e]", '"', prompt))
     target = (meta or {}).get("target", quoted and quoted[1])
     if not isinstance(target, str) or not target.strip():
         raise ValueError(f"the OCR reward needs a prompt with a text between double quotes, not {prompt[:200]!r}")
@@ -2284,28 +2313,31 @@ def ocr_reward(name, engine, most=8):
         read, dropped = engine(weights, device), collections.Counter()
         known = {letter for character in read.characters for letter in character.lower()}
 
-        def known_part(prompt, meta):
+        def known_part(prompt, meta):                                  # and the rest of it
             target = ocr_target(prompt, meta)
             strange = [c for c in target if not c.isspace() and not known.issuperset(c.lower())]
-            if strange and not dropped:
-                tqdm.write(f"{name}: {read.name} cannot read {''.join(strange)!r}, so that is left out of the target "
-                           f"{target!r} (others are only counted)", file=sys.stderr)
-            dropped.update(strange)
-            target = "".join(c for c in target if c not in strange)
-            if not target.strip():
+            part = "".join(c for c in target if c not in strange)
+            if not part.strip():
                 raise ValueError(f"{name}: {read.name} knows none of the characters that this prompt asks for: "
                                  f"{prompt[:200]!r}")
-            return target
+            return part, strange
 
         def reward(images, prompts, meta):
-            targets = [known_part(prompt, row) for prompt, row in zip(prompts, meta, strict=True)]
+            targets = []
+            for prompt, row in zip(prompts, meta, strict=True):
+                part, strange = known_part(prompt, row)
+                if strange and not dropped:
+                    tqdm.write(f"{name}: {read.name} cannot read {''.join(strange)!r}, so that is left out of the "
+                               f"target {ocr_target(prompt, row)!r} (others are only counted)", file=sys.stderr)
+                dropped.update(strange)
+                targets.append(part)
             finite = images.isfinite().flatten(1).all(1)
             rounded = (images.float().nan_to_num(0) * 255).round().clamp(0, 255) / 255     # what a PNG would hold
             pages = [page for some in rounded.to(device).split(most) for page in read(some)]
             reward.answers = ["".join(line["text"] for line in page) for page in pages]
             scores = [ocr_score(text, target) for text, target in zip(reward.answers, targets, strict=True)]
             return torch.tensor(scores, device=images.device).masked_fill(~finite, math.nan)
-        reward.dropped, reward.answers = dropped, []
+        reward.dropped, reward.answers, reward.check = dropped, [], known_part
         reward.engine, reward.nets = read.name, (read.finder, read.reader)
         return reward
     return make
@@ -2319,13 +2351,14 @@ def ocr_reward(name, engine, most=8):
 #
 #     JUDGE_SERVER=http://HOST:PORT/v1 JUDGE_MODEL=NAME      OPENAI_API_KEY where it wants one; optional: SETTINGS below
 #     UNIFIEDREWARD_2_SERVER=... UNIFIEDREWARD_2_MODEL=...   and so on
-#     VLM_TEMPLATE=FILE.json                                 another question, for the judges of NUMBER below
+#     VLM_TEMPLATE=FILE.json                                 another question, for the judges of NUMBER below, and
+#     UNIGENBENCH_TEMPLATE=FILE.json                         the authors' own, as judge_unigenbench says
 #
 # An answer that cannot be read is asked for again, then the image's reward is NaN, which the trainer masks; never 0.
 
 TRIES = 3                                     # times that one answer is asked for in a form that can be read
-SETTINGS = {"WORKERS": 32, "TIMEOUT": 120., "RETRIES": 5, "BACKOFF": 1.}       # JUDGE_WORKERS: questions at once;
-                                              # TIMEOUT, and BACKOFF, the first wait before a retry: seconds
+SETTINGS = {"WORKERS": 32, "TIMEOUT": 120., "RETRIES": 5, "BACKOFF": 1.}       # JUDGE_WORKERS: questions at once
+                                              # of one process; TIMEOUT, and BACKOFF, the first wait before a retry: s
 
 
 def judge_setting(name, key, default=None):
@@ -2424,7 +2457,7 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
                        f"{f', such as {odd[-1][:80]!r},' if odd else ''} and {count['unanswered']} none at all: NaN",
                        file=sys.stderr)
         return ask.answers
-    ask.unparsed, ask.unanswered, ask.answers, ask.engine = 0., 0., [], model
+    ask.unparsed, ask.unanswered, ask.answers, ask.engine, ask.check = 0., 0., [], model, question
     ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, deqa, options]).encode()).hexdigest()
     return ask
 
@@ -2439,7 +2472,7 @@ def judged(name, make_judge, score):
             reward.unparsed, reward.unanswered, reward.answers = ask.unparsed, ask.unanswered, answers
             return torch.tensor([math.nan if a is None else score(a) for a in answers], device=images.device)
         reward.unparsed, reward.unanswered, reward.answers = 0., 0., []
-        reward.engine, reward.sha256 = ask.engine, ask.sha256
+        reward.engine, reward.sha256, reward.check = ask.engine, ask.sha256, ask.check
         return reward
     return make
 
@@ -2603,14 +2636,25 @@ def point_name(name):
     return name
 
 
-def unigenbench_question(prompt, meta):
+def unigenbench_question(prompt, meta, template=None):
+    """The question about an image; meta: "testpoints" and "descriptions"; template: None for ours, or the authors'."""
     points, descriptions = meta.get("testpoints"), meta.get("descriptions")
     if not isinstance(points, list) or not isinstance(descriptions, list) or not 0 < len(points) == len(descriptions):
         raise ValueError("the reward 'unigenbench' needs a meta with 'testpoints' and as many 'descriptions', as "
                          f"data.prompts makes them of UniGenBench's .csv files (for a folder of images, in "
                          f"prompts.jsonl); {prompt[:100]!r} has none")
-    lines = "\n".join(f"{i}. {point_name(point)}: {POINTS[point_name(point)][1]}. Here: {text}"
-                      for i, (point, text) in enumerate(zip(points, descriptions), 1))
+    names = [point_name(point) for point in points]
+    if template:
+        absent = [point for point in points if point not in template["points"]]
+        if absent:
+            raise ValueError(f"unigenbench: the template does not know the test point {absent[0]!r} of the prompt "
+                             f"{prompt[:100]!r}: is it in the prompts' language?")
+        blocks = [head + ":\u300c" + "".join(f"\n{point}: {text}" for point, text in zip(points, texts)) + "\n\u300d"
+                  for head, texts in zip(template["headers"], ([template["points"][p] for p in points], descriptions))]
+        return fill("unigenbench", template["question"], prompt, dict(testpoint=points, explanation=blocks[0],
+                                                                      test_explanation=blocks[1]))
+    lines = "\n".join(f"{i}. {name}: {POINTS[name][1]}. Here: {text}"
+                      for i, (name, text) in enumerate(zip(names, descriptions), 1))
     return (f"This image was made from the prompt: {prompt}\n\nJudge it strictly by each of these test points, in this "
             f"order:\n{lines}\n\nAnswer in this form: <description>what the image shows<analysis>[\"why, for each "
             f"point\", ...]</analysis><score>[1 where a point is met, 0 where it is not, ...]</score></description>. "
@@ -2631,8 +2675,25 @@ def read_points(choice, meta):
 
 
 def judge_unigenbench(name):
-    every = unigenbench_question("{prompt}", {"testpoints": list(POINTS), "descriptions": list(POINTS)})
-    return judge(name, unigenbench_question, read_points, every, form="JPEG", max_tokens=4096)
+    """UniGenBench++'s judge, by our question or by the JSON file $UNIGENBENCH_TEMPLATE.
+
+    That is for the authors' question, which their offline judges were trained on: of an entry of LANG_CONFIGS in
+    eval/src/eval_common.py (github.com/CodeGoat24/UniGenBench) {"question": its system_prompt_template, "points": its
+    explanation_dict, "headers": [its checkpoint_header, its checkpoint_desc_header]}.
+    """
+    file, template = judge_setting(name, "TEMPLATE"), None
+    if file:
+        try:
+            template = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+            right = (isinstance(template["question"], str) and isinstance(template["points"], dict)
+                     and len(template["headers"]) == 2 and template.keys() == {"question", "points", "headers"})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f"{name}: cannot use the template {file}: {type(e).__name__}: {e}") from None
+        if not right:
+            raise ValueError(f"{name}: the template {file} is not {{question, points: {{name: text}}, headers: [2]}}")
+    every = template or unigenbench_question("{prompt}", {"testpoints": [*POINTS], "descriptions": [*POINTS]})
+    return judge(name, functools.partial(unigenbench_question, template=template), read_points, every, form="JPEG",
+                 max_tokens=4096)
 
 
 def unigenbench_summary(rows):

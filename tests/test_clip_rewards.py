@@ -144,7 +144,9 @@ def test_open_clip_names(tmp_path, monkeypatch, name):
         save_file(state, tmp_path / name)
     else:
         torch.save({"epoch": 1, "state_dict": state} if "HPS" in name else state, tmp_path / name)
-    agrees(rewards.read_clip(tmp_path, "H/14"), net)
+    other = {key: torch.zeros_like(value) for key, value in state.items()}                # as laion's beside HPSv2's
+    torch.save(other, tmp_path / "open_clip_pytorch_model.bin") if "HPS" in name else None
+    agrees(rewards.read_clip(tmp_path, "H/14", "cpu", name), net)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_open_clips_own_network_and_file(open_clip, tmp_path, monkeypatch, act):
     assert (text["intermediate_size"], vision["intermediate_size"]) == (40, 56)
     monkeypatch.setitem(CLIP_SIZES, "H/14", small)
     torch.save(net.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    ours, (pixels, ids) = rewards.read_clip(tmp_path, "H/14"), inputs()
+    ours, (pixels, ids) = rewards.read_clip(tmp_path, "H/14", "cpu", "open_clip_pytorch_model.bin"), inputs()
     with torch.no_grad():
         torch.testing.assert_close(ours.image(pixels), net.encode_image(pixels, normalize=True), atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.text(ids), net.encode_text(ids, normalize=True), atol=1e-5, rtol=0)
@@ -289,6 +291,19 @@ def test_pil_pixels_equal_the_processor(h, w):
         torch.testing.assert_close(clip_pixels(images, size), want.float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("h, w", [(64, 64), (40, 97), (97, 41), (50, 71), (5, 7)])
+def test_torchvisions_crop(h, w):
+    """torchvision's center_crop starts at int(round((n - size) / 2.0)): at times a pixel after the processor's."""
+    array, images = pictures(h, w)
+    small = (32, int(32 * w / h)) if h <= w else (int(32 * h / w), 32)
+    top, left = (int(round((n - 32) / 2.0)) for n in small)
+    want = np.stack([np.array(Image.fromarray(a).resize(small[::-1], Image.Resampling.BICUBIC).crop(
+        (left, top, left + 32, top + 32))) for a in array])
+    got = clip_pixels(images, 32, "torchvision")
+    torch.testing.assert_close(got, (torch.from_numpy(want).permute(0, 3, 1, 2) / 255 - MEAN) / STD, atol=1e-5, rtol=0)
+    assert torch.equal(got, clip_pixels(images, 32)) == ((top, left) == ((small[0] - 32) // 2, (small[1] - 32) // 2))
+
+
 def pil_float(images, h, w, how):
     """PIL's own filter on floats, channel by channel: nothing is rounded or clamped."""
     return torch.stack([torch.stack([torch.from_numpy(np.array(Image.fromarray(c.numpy(), "F").resize((w, h), how)))
@@ -299,8 +314,9 @@ def pil_float(images, h, w, how):
 def test_the_other_pixels(h, w):
     images, size = pictures(h, w)[1], 32
     small = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
-    top, left = (small[0] - size) // 2, (small[1] - size) // 2
-    for how, filter in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+    for how, filter, start in (("bicubic", Image.Resampling.BICUBIC, math.floor),
+                               ("bilinear", Image.Resampling.BILINEAR, round)):           # torchvision's crop
+        top, left = (start((n - size) / 2) for n in small)
         want = pil_float(images, *small, filter)[:, :, top:top + size, left:left + size].clamp(0, 1)
         torch.testing.assert_close(clip_pixels(images, size, how), (want - MEAN) / STD, atol=1e-5, rtol=0)
     small = tuple(round(n * size / max(h, w)) for n in (h, w))
@@ -378,7 +394,8 @@ def cosines(home, name, pixels):
     if (home / name / "config.json").is_file():
         net = transformers.CLIPModel.from_pretrained(home / name)
     else:
-        net = rewards.read_clip(home / name, {"hpsv2": "H/14", "clip-dfn": "H/14-378"}[name])
+        net = rewards.read_clip(home / name, {"hpsv2": "H/14", "clip-dfn": "H/14-378"}[name], "cpu",
+                                *rewards.OPEN_CLIP_FILES[name])
     tokens = models.CLIPTokenizer(home / name)(PROMPTS)
     if isinstance(net, CLIP):
         return net(pixels, tokens), net.logit_scale.exp()

@@ -11,7 +11,6 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import data
 import models
@@ -74,6 +73,16 @@ def small(monkeypatch):
     """The detector's own 800 x 1333 pixels would take seconds."""
     monkeypatch.setattr(rewards, "detector_pixels", functools.partial(detector_pixels, long=130, short=80))
     geneval_engine.cache_clear()
+
+
+def torchvision_pixels(picture, size):
+    """A PIL image as torchvision's Resize, CenterCrop and Normalize make it of one, (3, size, size)."""
+    w, h = picture.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    left, top = int(round((w - size) / 2.0)), int(round((h - size) / 2.0))
+    picture = picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    mean, std = np.array([.48145466, .4578275, .40821073]), np.array([.26862954, .26130258, .27577711])
+    return torch.from_numpy((np.array(picture) / 255 - mean) / std).permute(2, 0, 1).float()
 
 
 def pictures(h, w, n):
@@ -158,7 +167,7 @@ def test_files_that_do_not_fit(home, tmp_path):
     save_file({**state, **old}, tmp_path / "model.safetensors")       # the public file holds these too
     (tmp_path / "config.json").write_text(json.dumps(config))
     rewards.read_detector(tmp_path)
-    (tmp_path / rewards.MMDET_FILE).touch()
+    (tmp_path / rewards.MMDET_FILES[0]).touch()
     refused("model.safetensors and mask2former_swin-s.* leave one there")
 
 
@@ -237,12 +246,12 @@ def test_mmdet_names_are_a_bijection(home, tmp_path, monkeypatch):
     file = to_mmdet(state)
     back = [pair for key, v in file.items() if not key.endswith("index") for pair in from_mmdet(key, v)]
     assert len(back) == len(dict(back)) == len(state) and all(torch.equal(v, state[key]) for key, v in back)
-    torch.save({"meta": {"CLASSES": ("person",), "epoch": 50}, "state_dict": file}, tmp_path / rewards.MMDET_FILE)
+    torch.save({"meta": {"CLASSES": ("person",), "epoch": 50}, "state_dict": file}, tmp_path / rewards.MMDET_FILES[1])
     monkeypatch.setattr(rewards, "Mask2Former", lambda: Mask2Former(**config))
     net = rewards.read_detector(tmp_path)
     assert all(torch.equal(v, state[key]) for key, v in net.state_dict().items())
     del file["panoptic_head.query_feat.weight"]
-    torch.save(file, tmp_path / rewards.MMDET_FILE)
+    torch.save(file, tmp_path / rewards.MMDET_FILES[1])
     rewards.read_detector.cache_clear()
     with pytest.raises(ValueError, match="queries_features.weight is missing, 1"):
         rewards.read_detector(tmp_path)
@@ -397,7 +406,6 @@ def test_colours_equal_the_official_way(home, small, monkeypatch):
     monkeypatch.setattr(rewards, "clip_pixels", lambda *args: crops.append(clip_pixels(*args)) or crops[-1])
     found = seen(images, home, metas)
     clip = transformers.CLIPModel.from_pretrained(home / "clip-l14").eval()
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     net, tokenize = rewards.read_detector(home / "mask2former"), models.CLIPTokenizer(home / "clip-l14")
     colours = []
     for image, rows in zip(images, found):
@@ -411,7 +419,7 @@ def test_colours_equal_the_official_way(home, small, monkeypatch):
         assert len(cups) == len(rows) > 2 and not any("color" in row for row in rows[2:])
         for i, row in list(zip(cups, rows))[:2]:
             crop = Image.composite(picture, blank, Image.fromarray(mask[i].numpy())).crop(box[i].tolist())
-            want = torch.as_tensor(np.array(processor([crop])["pixel_values"]))
+            want = torchvision_pixels(crop, 32)[None]
             torch.testing.assert_close(crops.pop(0), want, atol=1e-5, rtol=0)
             likeness = []
             for paint in data.PAINTS:
@@ -459,9 +467,9 @@ def test_images_of_other_shapes(home, small):
 
 
 def test_missing_weights_name_the_file_and_the_command(home, tmp_path):
-    with pytest.raises(ValueError, match="hf download facebook/mask2former-swin-small-coco-instance") as e:
+    with pytest.raises(ValueError, match="curl .*hf download facebook/mask2former-swin-small-coco-instance") as e:
         rewards.load("geneval", tmp_path)
-    assert "\n" not in str(e.value) and str(tmp_path / "mask2former" / "model.safetensors") in str(e.value)
+    assert "\n" not in str(e.value) and str(tmp_path / "mask2former" / rewards.MMDET_FILES[0]) in str(e.value)
     (tmp_path / "mask2former").symlink_to(home / "mask2former")
     with pytest.raises(ValueError, match="hf download openai/clip-vit-large-patch14") as e:
         rewards.load("geneval-strict", tmp_path)

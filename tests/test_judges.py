@@ -209,6 +209,31 @@ def test_unigenbench(server, tmp_path, capsys):
     assert len({name.partition(" - ")[0] for name in rewards.POINTS}) == 10
 
 
+def test_unigenbench_by_the_authors_question(server, tmp_path, monkeypatch):
+    """A template of theirs is filled as their build_system_prompt does, by str.format."""
+    file, point = tmp_path / "theirs.json", "Attribute - Quantity"
+    theirs = {"question": "For {prompt}: {testpoint}. {explanation} and {test_explanation}!", "headers": ["A", "B"],
+              "points": {"Style": "a look", point: "three or more"}}
+    file.write_text(json.dumps(theirs))
+    own = rewards.load("unigenbench").rewards["unigenbench"].sha256
+    monkeypatch.setenv("UNIGENBENCH_TEMPLATE", str(file))
+    meta = {"testpoints": ["Style", point], "descriptions": ["ink", "two {prompt} pandas"]}
+    server.answer = lambda body, image, n: (200, points("[1, 0]"))
+    values, reward = ask("unigenbench", grey(9), ["a {b}"], [meta])
+    assert values == [.5] and reward.sha256 != own
+    assert text_of(server.bodies[0]) == theirs["question"].format(
+        prompt="a {b}", testpoint=["Style", point],
+        explanation=f"A:\u300c\nStyle: a look\n{point}: three or more\n\u300d",
+        test_explanation=f"B:\u300c\nStyle: ink\n{point}: two {{prompt}} pandas\n\u300d")
+    with pytest.raises(ValueError, match="does not know the test point 'Text Generation'"):
+        reward.check("a", {"testpoints": ["Text Generation"], "descriptions": ["x"]})
+    for content in ("{", "[]", json.dumps({**theirs, "headers": ["A"]}), json.dumps({**theirs, "more": 1}),
+                    json.dumps({key: theirs[key] for key in ("question", "points")})):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="the template .*theirs.json"):
+            rewards.load("unigenbench")
+
+
 def test_unigenbench_of_a_model(server, random_model, tmp_path, capsys):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps({"prompt": prompt, **META}) + "\n" for prompt in ("a cat", "a dog")))

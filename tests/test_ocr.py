@@ -140,9 +140,12 @@ def test_the_target(prompt, meta, target):
 
 @EACH
 def test_a_prompt_that_asks_for_no_text_is_refused(name, home, signs, tmp_path, capsys):
-    for prompt, meta in (("a cat", {}), ('a "cat', {}), ('a ""', {}), ('a " "', {}), ('"a"', {"target": 7})):
+    for prompt, meta in (("a cat", {}), ('a "', {}), ('a ""', {}), ('a " "', {}), ('"a"', {"target": 7})):
         with pytest.raises(ValueError, match="between double quotes.*" + prompt[:2]):
             rewards.load(name)(signs[:1], [prompt], [meta])
+        with pytest.raises(ValueError, match="between double quotes"):
+            rewards.check(rewards.load(f"shapes,{name}"), [{"prompt": 'a "b"'}, {"prompt": prompt, **meta}])
+    rewards.check(rewards.load(name), [{"prompt": 'a "b"'}, {"prompt": "a", "target": "b"}])
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"file": "a.png", "prompt": "a cat"}))
     with pytest.raises(SystemExit) as error:
@@ -161,6 +164,9 @@ def test_characters_that_an_engine_does_not_know_are_dropped_counted_and_said_on
     assert said.count("\n") == 0 and "CRAFT + CRNN cannot read '\u732b'" in said and "Happy" in said
     with pytest.raises(ValueError, match="knows none of the characters"):
         reward(signs[:1], ['"\u732b \u732b"'], [{}])
+    with pytest.raises(ValueError, match="knows none of the characters"):
+        reward.check('"\u732b \u732b"', {})
+    assert reward.check('"\u732bHappy"', {}) and reward.dropped == {"\u732b": 3, "\u00e9": 1}      # not counted
     rewards.REWARDS["ocr"](None, "cpu")(signs[:1], ['"\u732bHappy"'], [{}])                   # PP-OCRv4 knows Chinese
     assert not capsys.readouterr().err
 
