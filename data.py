@@ -1213,7 +1213,8 @@ def cli(config, presets, argv=None, defaults=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config):
         flag = "--" + field.name.replace("_", "-")
-        help = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
+        default = presets.get("tiny", {}).get(field.name, field.default)
+        help = f"{comments.get(field.name, '')} ({default!r})".replace("%", "%%")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:

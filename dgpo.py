@@ -286,6 +286,15 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
 
 
+def arrive(mean, std, eps, x_next):
+    """Take a step, x_next = mean + std eps, or score the x_next of one taken; returns of sde_step and ddim_step."""
+    if std and eps is None and x_next is None:
+        raise ValueError("give eps to take the step, or x_next to score one taken")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    return x_next, gaussian_logp(x_next, mean, std) if std else None, mean, std
+
+
 def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
@@ -314,13 +323,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
         raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
-    if eps is None and x_next is None and std:
-        raise ValueError("sde_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
@@ -334,13 +337,7 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
     x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
     std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
-    if eps is None and x_next is None and std:
-        raise ValueError("ddim_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 @torch.no_grad()
@@ -431,7 +428,7 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
     total: images in the batch. Returns what these images add to the means of loss, KL and denoising loss, (3,).
     """
     x_t, logs = noised(x_0, eps, t, ddpm), x_0.new_zeros(3)
-    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(t), cfg.micro_batch)]    # two or more: of one group
+    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(t), cfg.micro_batch)]    # several: G > micro_batch
 
     def velocity(scale, p):                                            # (b, C, H, W)
         return guided(net, x_t[p], t[p], [c[p] for c in ctx], null, scale)

@@ -59,7 +59,7 @@ class Config:
     clean_final: bool = False           # the reward sees the last step's x_0hat, not its state [DanceGRPO's FLUX: True]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all but the last
-    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: on images]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: by images]
     clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
     kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
@@ -246,6 +246,15 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
 
 
+def arrive(mean, std, eps, x_next):
+    """Take a step, x_next = mean + std eps, or score the x_next of one taken; returns of sde_step and ddim_step."""
+    if std and eps is None and x_next is None:
+        raise ValueError("give eps to take the step, or x_next to score one taken")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    return x_next, gaussian_logp(x_next, mean, std) if std else None, mean, std
+
+
 def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
@@ -274,13 +283,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
         raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
-    if eps is None and x_next is None and std:
-        raise ValueError("sde_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
@@ -294,13 +297,7 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
     x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
     std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
-    if eps is None and x_next is None and std:
-        raise ValueError("ddim_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 @torch.no_grad()
@@ -467,8 +464,8 @@ def train(cfg):
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
                     if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
-            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
-            for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+            most = -(-mine // cfg.updates) * cfg.group_size            # shards want as many passes on every process;
+            for k in range(0, most, cfg.micro_batch):                  # one that has no images left weighs 0
                 share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 some = turn[k:k + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]

@@ -172,10 +172,10 @@ LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="picksco
             resolution=256, dtype="bfloat16", groups=72, group_size=24,      # 12 prompts a batch, 6 batches an update
             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
             kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
-            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)        # lr, clip_range, dtype, these: ours
+            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)        # these, lr, clip_range, dtype: ours
 MORE = LONG | dict(images="data/images", cooldown=0.0, ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
-         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # it names no schedule
+         "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # no schedule is named
 
 
 def presets(stage):
@@ -573,8 +573,8 @@ def train(cfg):
         x = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise              # X_t  (B, C, H, W)
         target, scaled, width = noise, x, torch.ones_like(t)
         if lam is not None:                                            # Eq. (3)
-            wide, width = lam[:, None, None, None], lam.sqrt()
-            target, scaled = eps, (x + wide.sqrt() * eps) / (1 + wide).sqrt()
+            column, width = lam[:, None, None, None], lam.sqrt()
+            target, scaled = eps, (x + column.sqrt() * eps) / (1 + column).sqrt()
         if net.config["predict"] == "v":                               # Eq. (9)
             a, sigma = (level[:, None, None, None] for level in levels(t, 0.0 if lam is None else lam))
             target = (a * scaled - x_0) / sigma
@@ -690,8 +690,8 @@ def train_rl(cfg):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
                     if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
             m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
-            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
-            for i in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+            most = -(-mine // cfg.updates) * cfg.group_size            # shards want as many passes on every process;
+            for i in range(0, most, cfg.micro_batch):                  # one that has no images left weighs 0
                 share = len(turn[i:i + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 some = turn[i:i + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]

@@ -12,10 +12,10 @@ Sun et al., SLAS, arXiv:2605.10937, "Power Reinforcement Post-Training of Text-t
     (5) [9]  dr_i = r_i - mean_g r: to divide by std_g r, as (1) does, inflates what hardly differs  group_advantage
     (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
     (7) [83] E|dr|^(2(1+gamma)) <= 2 delta / (eta^2 lambda_max G2)                                         max_gamma
-(6): the step d, int d = 0, that maximises int d A - |d|^2 / 2, |d|^2 = int d^2 / (pi |A|^gamma) [17, 18], has
-A - lam = d / (pi |A|^gamma): d = pi |A|^gamma (A - lam), where int d = 0 gives lam = E|A|^gamma A / E|A|^gamma. The
-paper drops lam as a baseline and has pi sign(A) |A|^(1+gamma) [19]. But lam stands beside |A|^gamma, so that is the
-maximiser only where E sign(A) |A|^(1+gamma) = 0: gamma = 0 [15] or symmetric A. --recenter takes the true one.
+(6), a = dr: the step d, int d = 0, that maximises int d a - |d|^2 / 2, |d|^2 = int d^2 / (pi |a|^gamma) [17, 18], has
+a - lam = d / (pi |a|^gamma): d = pi |a|^gamma (a - lam), where int d = 0 gives lam = E|a|^gamma a / E|a|^gamma. The
+paper drops lam as a baseline and has pi sign(a) |a|^(1+gamma) [19]. But lam stands beside |a|^gamma, so that is the
+maximiser only where E sign(a) |a|^(1+gamma) = 0: gamma = 0 [15] or symmetric a. --recenter takes the true one.
 (7): a step eta g, g = E A grad log pi, moves the policy by KL <= eta^2/2 lambda_max |g|^2, lambda_max that of the
 Fisher matrix, and |g|^2 <= E A^2 G2 (Cauchy-Schwarz), G2 = E |grad log pi|^2: a trace, which the norm of a batch's mean
 gradient does not bound. So E A^2 <= 2 delta / (eta^2 lambda_max G2) keeps KL <= delta, in nats per latent dimension and
@@ -71,7 +71,7 @@ class Config:
     clean_final: bool = False           # the reward sees the last step's x_0hat, not its state [DanceGRPO's FLUX: True]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all but the last
-    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: on images]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: by images]
     clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
     kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
@@ -194,7 +194,7 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch"):
     """Super-linear advantages, Eq. (6): A_i = sign(dr_i) |dr_i|^(1+gamma), or |dr_i|^gamma (dr_i - lam) to recenter.
 
     reward, group_size: as in group_advantage; gamma >= 0. std says when the batch's std divides: "before", dr; "after",
-    A; "batch", both: std 1 for every gamma (the 1e-4 tells it from "after"); "none"; else ValueError. Returns (B,).
+    A; "batch", both, which is "after" but for the 1e-4: std 1 for every gamma; "none"; else ValueError. Returns (B,).
     """
     stds = {"batch": (1, 1), "before": (1, 0), "after": (0, 1), "none": (0, 0)}
     if ops.compiled(reward) or std not in stds:                        # which names the error
@@ -311,6 +311,15 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     return t_next / t * x_t - (1 - t_next) * math.expm1(-h) * d
 
 
+def arrive(mean, std, eps, x_next):
+    """Take a step, x_next = mean + std eps, or score the x_next of one taken; returns of sde_step and ddim_step."""
+    if std and eps is None and x_next is None:
+        raise ValueError("give eps to take the step, or x_next to score one taken")
+    if x_next is None:
+        x_next = mean + std * eps if std else mean
+    return x_next, gaussian_logp(x_next, mean, std) if std else None, mean, std
+
+
 def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow", t_cap=None):
     """One step of a reverse SDE and its log-density. Give eps to take the step, x_next to score one taken.
 
@@ -339,13 +348,7 @@ def sde_step(v, x_t, t, t_next, noise_level, eps=None, x_next=None, kind="flow",
         mean = x_t + (v + s ** 2 / (2 * t) * x_1hat) * dt
     else:
         raise ValueError(f"sde_step: kind={kind!r} is unknown: flow, dance or cps")
-    if eps is None and x_next is None and std:
-        raise ValueError("sde_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=None):
@@ -359,13 +362,7 @@ def ddim_step(eps_hat, x_n, alpha_bar, alpha_bar_next, eta, eps=None, x_next=Non
     x_0hat = (x_n - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)
     std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     mean = math.sqrt(a_next) * x_0hat + math.sqrt(1 - a_next - std ** 2) * eps_hat
-    if eps is None and x_next is None and std:
-        raise ValueError("ddim_step: give eps to take the step, or x_next to score one taken")
-    if x_next is None:
-        x_next = mean + std * eps if std else mean
-    if not std:
-        return x_next, None, mean, std
-    return x_next, gaussian_logp(x_next, mean, std), mean, std
+    return arrive(mean, std, eps, x_next)
 
 
 @torch.no_grad()
@@ -547,8 +544,8 @@ def train(cfg):
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
                     if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
-            most = -(-mine // cfg.updates) * cfg.group_size            # as many passes on every process, as shards ask
-            for k in range(0, most, cfg.micro_batch):                  # for: one that has no images left weighs nothing
+            most = -(-mine // cfg.updates) * cfg.group_size            # shards want as many passes on every process;
+            for k in range(0, most, cfg.micro_batch):                  # one that has no images left weighs 0
                 share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 some = turn[k:k + cfg.micro_batch] or [0]
                 part = [c[some] for c in ctx]

@@ -258,7 +258,7 @@ def random_rewards(folder, small):
         return net.eval().requires_grad_(False)
 
     @functools.cache
-    def random_clip(directory, size, device):
+    def random_clip(directory, size, device, *files):
         if size is None:                                               # tiny-clip's
             return read_clip(directory, size, device)
         with torch.device("meta"):
@@ -268,7 +268,7 @@ def random_rewards(folder, small):
     def random_detector(directory, device):
         with torch.device("meta"):
             net = rewards.Mask2Former(**SMALL_DETECTOR if small else {})
-        net.file = folder / rewards.MMDET_FILE
+        net.file = folder / rewards.MMDET_FILES[0]
         return fill(net, net.file, device)
     rewards.read_clip, rewards.read_detector, rewards.read_weights = random_clip, random_detector, fill
     rewards.weights_of = lambda name, weights=None: weights_of(name) if name == "tiny-clip" else folder

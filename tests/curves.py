@@ -43,6 +43,8 @@ def main(*arguments):
         label = label or list(runs)[-1]
         pattern, at, last = folder.partition("@")
         runs.setdefault(label, []).extend(curve(found + at + last) for found in sorted(glob.glob(pattern)) or [pattern])
+    if not all(map(all, runs.values())):
+        sys.exit("a run has no validation points: run it with --eval-every above 0")
     data.chart(file, {title: {label: [[(row[x], row[y]) for row in rows] for rows in curves]
                               for label, curves in runs.items()} for x, y, title in (GOLD if gold else PANELS)})
     print(f"| method | seeds | last | best | {'gold, first | last | ' * gold}images | passes | seconds |\n"
