@@ -213,6 +213,7 @@ def measured(script, name, gigabytes, how, extra=()):
     with tempfile.TemporaryDirectory() as folder:
         done = start("peer.py", script, name, gigabytes, how, extra, folder)
         if done.returncode:
+            print(done.stderr[-4000:], file=sys.stderr, flush=True)    # the traceback: the table has its end
             return dict(seconds=None, error=done.stderr.strip()[-300:] or f"exit code {done.returncode}")
         held = re.search(r"^reserved ([\d.]+) GB$", done.stderr, re.M)
         taken, steps = ([json.loads(row) for row in (pathlib.Path(folder) / "out" / file).read_text().splitlines()][1]

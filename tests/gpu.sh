@@ -4,9 +4,9 @@
 # compared with it. All output goes to $OUT/gpu.log (/tmp if OUT is not set), a step's to gpu-*.log, tests' also to
 # gpu-*.xml. Exit codes: 0 all well, 1 a step failed, 2 there is no GPU that PyTorch can use, or no nvcc.
 #     bash tests/gpu.sh              # every test but a step of FLUX, of each benchmark what matters most
-#     bash tests/gpu.sh all          # all tests, three dtypes, torch.compile, ten models beside diffusers and peft too
+#     bash tests/gpu.sh all          # FLUX too, three dtypes, torch.compile, ten models beside diffusers and peft
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-$(command -v python || command -v python3)}
+python=${PYTHON:-$(command -v python3 || command -v python)}
 out=${OUT:-/tmp} deadline=560 steps=() failures="" failed=0 group=""
 [ "$1" = all ] && deadline=36000
 export PYTHONUNBUFFERED=1
@@ -62,12 +62,12 @@ pytest+=(--junitxml "$out/gpu-tests.xml")
 if [ "$1" = all ]; then
     step ops "fused ops against eager" 900 "${bench[@]}" --compile --device cuda
     step models "full-size models" 3600 "${bench[@]}" model
-    step tests "the other tests" 900 "${pytest[@]}" tests "${kernels[@]/#/--ignore=}" -k "cuda or gpu"
+    step tests "tests of full-size models" 900 "${pytest[@]}" -s tests/test_gpu.py
     step rewards "rewards, full size" 600 "${bench[@]}" rewards --device cuda
 else
     step ops "fused ops against eager" 60 "${bench[@]}" --quick --device cuda
     step models "full-size models" 140 "${bench[@]}" model --quick
-    step tests "tests of full-size models" 240 "${pytest[@]}" tests/test_gpu.py -k "not dgpo-flux"
+    step tests "tests of full-size models" 240 "${pytest[@]}" -s tests/test_gpu.py -k "not dgpo-flux"
     step rewards "rewards, full size" 60 "${bench[@]}" rewards --quick --device cuda
 fi
 printf '\n%-26s %-14s %s\n' step result time

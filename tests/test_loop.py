@@ -228,7 +228,7 @@ def test_cuda_streams_wait_for_each_other():
         return (images.flatten(1) @ images.flatten(1).T).sum(1)
     results = []
     for overlap in (True, False):
-        scoring, _ = scoring_of(score, overlap, "cuda")
+        scoring, _ = scoring_of(score, overlap, "cuda:0")             # with its number, as a run's
         for i in range(8):
             scoring.add(chunk(i), ["a"] * 4, [{}] * 4)
         results.append(scoring.result())
