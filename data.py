@@ -1243,8 +1243,9 @@ def cli(config, presets, argv=None, defaults=None):
     if values.get("gpu_memory"):
         names = "lora_rank", "cfg_train", "cfg_detach", "fsdp"
         now = {name: values.get(name, getattr(config, name, False)) for name in names}
+        shards = int(os.environ.get("WORLD_SIZE", 8)) if now["fsdp"] else 0                 # alone it is refused below
         both = now["cfg_train"] != 1 and not now["cfg_detach"]        # passes that keep their activations
-        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, now["fsdp"],
+        plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, shards,
                                   models.parameter_count(model, values.get("weights", "")))
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
     full = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(config)}
@@ -1426,7 +1427,9 @@ def exit_codes():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
-    except (Exception, KeyboardInterrupt):
+    except SystemExit:
+        raise
+    except BaseException:                                              # with torch.distributed.checkpoint's own kind
         crash()
         raise
 

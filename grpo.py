@@ -132,8 +132,8 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
-        "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "max_grad_norm": 0.01,
-        "fsdp": True, "clean_final": True,              # its FLUX run on 8 GPUs; that on 16: norm 1, no moving average
+        "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "ema_every": 2, "max_grad_norm": 0.01, "fsdp": True,
+        "checkpointing": True, "clean_final": True,     # its FLUX run on 8 GPUs; that on 16: norm 1, no moving average
         "reward": "hpsv2:0.7,clip-dfn:1.4",                            # its paper's two rewards, as [SLAS, Sec. 6.1]
         "save_every": 40, "eval_steps": 28}                            # eval_steps ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
@@ -367,8 +367,10 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
         return torch.cat([data.noise(size, cfg.seed, step, group + g, name, device=device, dtype=wide).expand(shape)
                           for g in range(count)])
     xs, logps = [draw("start", cfg.shared_noise)], {}
+    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(prompts), cfg.micro_batch)]      # as the update's
     for i, t in enumerate(ts[:-1]):
-        v = guided(pipe.net, xs[i], t, ctx, null, cfg.cfg_rollout)
+        v = torch.cat([guided(pipe.net, xs[i][p], t, [c[p] for c in ctx], null, cfg.cfg_rollout, cfg.cfg_detach)
+                       for p in pieces])
         eps = draw(f"sde {i}") if i in window else None
         x, logp, *_ = transition(v, xs[i], i, ts, cfg.noise_level if i in window else 0.0, sde_kind(pipe, cfg), eps)
         if logp is not None:                                           # the last step of cps has no noise
@@ -423,7 +425,7 @@ def train(cfg):
 
     def rescore(x, i, part, scale):
         """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
-        v = guided(net, x[i], ts[i], part, null, scale, cfg.cfg_detach and torch.is_grad_enabled())   # (n, C, H, W)
+        v = guided(net, x[i], ts[i], part, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
@@ -431,6 +433,7 @@ def train(cfg):
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
+        x = images = logp_old = None                                   # frees the last rollout before the next is made
         prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
@@ -457,9 +460,11 @@ def train(cfg):
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
+            pieces = [slice(k, min(k + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
+                      for k in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad():
-                data.check_ratio(run, [rescore(x[:, s], i, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[i][s]
-                                       for s in chunks for i in trained])
+                data.check_ratio(run, [rescore(x[:, p], i, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[i][p]
+                                       for p in pieces for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn

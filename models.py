@@ -2048,7 +2048,8 @@ def add_lora(net, rank, alpha, targets):
             module.__class__ = LoRALinear
             module.lora_scale, module.lora_merged, device = alpha / rank, False, module.weight.device
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
-            module.lora_A = nn.Parameter(torch.randn(rank, module.in_features, device=device, dtype=dtype) / rank)
+            drawn = torch.randn(rank, module.in_features, device="cpu", dtype=dtype)      # the same for every device
+            module.lora_A = nn.Parameter(drawn.to(device) / rank)
             module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device, dtype=dtype))
     return trainable(net)
 
@@ -2214,6 +2215,7 @@ def shard(net, dtype):
         # One block at a time in float32. Freed after every pass, also the outermost, so that new values are seen.
         fully_shard(module.to(wide), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)                # by a plain sum: gloo has no other
     net.compute_dtype = dtype
 
 
@@ -2292,11 +2294,13 @@ MEMORY = {      # family -> GB of one GPU -> images at once, a LoRA at 512 px: w
 PUBLIC = {"sd3": 2_243_171_520, "flux": 11_901_408_320, "sd14": 859_520_964, "uvit": 515_311_568}    # of its networks
 
 
-def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parameters=None):
+def memory_plan(family, gigabytes, lora_rank=0, guided=False, shards=0, parameters=None):
     """--gpu-memory: {micro_batch, checkpointing, offload} for a model family on a GPU of so many GB.
 
     For a LoRA at 512 px; guided, with gradients through both of guidance's passes, half as many images; full
     fine-tuning (lora_rank 0) a quarter, always with checkpointing, which costs a forward pass of every update.
+    shards: the processes that --fsdp shares weights, moments and averages out to, 0 without it. These may take 0.9 of a
+    GPU, of shards 0.6: blocks are gathered beside them, and such runs are not counted.
     parameters: the network's, None for the family's public one; a larger one (SD3.5 Large) has fewer images: each
     takes more, in proportion, of what its weights leave. By csrc/count.py a step's tensors take at most 0.79 of the
     GPU (0.84 in rollouts of FLUX on 48 GB with the LoRA merged); rewards, CUDA and what the allocator loses have the
@@ -2310,10 +2314,11 @@ def memory_plan(family, gigabytes, lora_rank=0, guided=False, fsdp=False, parame
         known = "known are sd35m, flux, sd14, uvit and their directories"
         fits = f"it wants --gpu-memory {min(plans)}" if plans else known
         raise ValueError(f"--gpu-memory {gigabytes}: there is no plan for this model: {fits}")
-    byte = 0 if fsdp else 2e-9 if lora_rank else 24e-9                # GB a parameter: bf16, or all that training keeps
-    if not lora_rank and byte * parameters > 0.9 * gigabytes:
+    byte = 2e-9 if lora_rank else 24e-9 / max(shards, 1)              # GB a parameter: bf16, or all that training keeps
+    if not lora_rank and byte * parameters > (0.6 if shards else 0.9) * gigabytes:
+        more = "more processes" if shards else "torchrun and --fsdp"
         raise ValueError(f"--gpu-memory {gigabytes}: all weights of this model, their moments and averages take about "
-                         f"{math.ceil(byte * parameters)} GB: --lora-rank 64, or torchrun and --fsdp")
+                         f"{math.ceil(byte * parameters)} GB: --lora-rank 64, or {more}")
 
     def fitting(size):                                                # (images, checkpointing)
         checkpointed, plain = plans[size]

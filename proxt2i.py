@@ -172,7 +172,7 @@ LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="picksco
             resolution=256, dtype="bfloat16", groups=72, group_size=24,      # 12 prompts a batch, 6 batches an update
             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
             kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
-            eval_images=1024, eval_every=50, micro_batch=24, overlap=True)        # these, lr, clip_range, dtype: ours
+            eval_images=1024, eval_every=50, micro_batch=24, overlap=True, compare_with="")  # ours: lr, clip, dtype too
 MORE = LONG | dict(images="data/images", cooldown=0.0, ema=0.9999, eval_every=5000, save_every=1000)
 PAPER = {"train": MORE | dict(lr=8e-5, batch=2048, steps=100000),      # the paper's score model: --lr 4e-4
          "finetune": MORE | dict(lr=1e-5, batch=256, steps=60000, resolution=512)}     # no schedule is named
@@ -487,13 +487,16 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
     def draw(name):                                                    # (B, C, H, W)
         return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
                           for g in range(count)])
-    answer, state, logp = answer_of(cfg.method, pipe.net, ctx, null, cfg.cfg_rollout), draw("start"), {}
+    pieces = [slice(i, i + cfg.micro_batch) for i in range(0, len(prompts), cfg.micro_batch)]      # as the update's
+    answers = [answer_of(cfg.method, pipe.net, [c[p] for c in ctx], null, cfg.cfg_rollout) for p in pieces]
+    state, logp = draw("start"), {}
     if cfg.method == "prox":                                           # y_N of x_N, Eq. [9]
         gamma = beta_integral(1 - 1 / n, 1.0)
         state = (1 + gamma / 2) * state + math.sqrt(gamma) * draw("first")
     states = [state]
     for k in range(n, 0, -1):
-        mean, std = kernel(cfg.method, answer, states[-1], k, n)
+        means, (std, *_) = zip(*(kernel(cfg.method, answer, states[-1][p], k, n) for p, answer in zip(pieces, answers)))
+        mean = torch.cat(means)
         x, logp_k = ops.linear_step(mean, std=std, eps=draw(f"step {k}") if std else None)       # mean + std xi
         states.append(x)
         if std:
@@ -682,9 +685,11 @@ def train_rl(cfg):
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
+            pieces = [slice(i, min(i + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
+                      for i in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad():
-                data.check_ratio(run, [rescore(states[:, s], k, [c[s] for c in ctx], cfg.cfg_train)[0] - logp_old[k][s]
-                                       for s in chunks for k in trained])
+                data.check_ratio(run, [rescore(states[:, p], k, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[k][p]
+                                       for p in pieces for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn

@@ -841,7 +841,7 @@ def test_memory_plan():
         for plan, gigabytes in zip(seen, sorted(plans)):
             assert plan.keys() == {"micro_batch", "checkpointing", "offload"} and plan["micro_batch"] >= 1
             assert plan["offload"] == (gigabytes == 24)
-            full = models.memory_plan(family, gigabytes, 0, fsdp=True)
+            full = models.memory_plan(family, gigabytes, 0, shards=64)
             assert full["checkpointing"] and 1 <= full["micro_batch"] == plans[gigabytes][0] // 4
             half = models.memory_plan(family, gigabytes, 32, guided=True)
             assert half == {**plan, "micro_batch": plan["micro_batch"] // 2}
@@ -852,6 +852,9 @@ def test_memory_plan():
             models.memory_plan("sd3", number, 32)
     with pytest.raises(ValueError, match="--gpu-memory 48: .* 54 GB: --lora-rank 64, or torchrun and --fsdp"):
         models.memory_plan("sd3", 48, 0)
+    with pytest.raises(ValueError, match="--gpu-memory 48: .* 36 GB: --lora-rank 64, or more processes"):
+        models.memory_plan("flux", 48, 0, shards=8)                    # 24 bytes a parameter on 8 GPUs, and the rest
+    assert models.memory_plan("flux", 80, 0, shards=8)
     with pytest.raises(ValueError, match="--gpu-memory 24: .* wants --gpu-memory 48"):
         models.memory_plan("flux", 24, 32)
     with pytest.raises(ValueError, match="--gpu-memory 80: .* known are sd35m, flux, sd14"):
@@ -867,7 +870,7 @@ def test_memory_plan_of_a_larger_network():
         assert plan == models.memory_plan("sd3", gigabytes, 32, parameters=10 ** 6)
         fewer = models.memory_plan("sd3", gigabytes, 32, parameters=large)["micro_batch"]
         assert 1 <= fewer <= plan["micro_batch"] * medium / large
-    assert models.memory_plan("sd3", 80, 0, fsdp=True, parameters=large)["micro_batch"] == 3
+    assert models.memory_plan("sd3", 80, 0, shards=64, parameters=large)["micro_batch"] == 3
     with pytest.raises(ValueError, match="--gpu-memory 141: .* 194 GB: --lora-rank 64, or torchrun and --fsdp"):
         models.memory_plan("sd3", 141, 0, parameters=large)
     with pytest.raises(ValueError, match="--gpu-memory 48: .* 24.0 B parameters .* it wants --gpu-memory 80"):
@@ -896,7 +899,7 @@ def test_gpu_memory_stands_between_the_preset_and_the_flags(module, monkeypatch)
     for name, gigabytes in (("sd35m", 24), ("sd35m", 80), ("sd14", 24), ("flux", 141)):
         cfg = cli(module, "--model", name, "--gpu-memory", gigabytes)
         both = cfg.cfg_train != 1 and not getattr(cfg, "cfg_detach", False)
-        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, both, cfg.fsdp)
+        plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, both, 4 * cfg.fsdp)
         assert {key: getattr(cfg, key) for key in plan} == plan and cfg.gpu_memory == gigabytes
     cfg = cli(module, "--model", "sd35m", "--gpu-memory", 24, "--micro-batch", 3, "--no-checkpointing", "--no-offload")
     assert (cfg.micro_batch, cfg.checkpointing, cfg.offload) == (3, False, False)

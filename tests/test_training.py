@@ -127,6 +127,7 @@ def two(flags, tmp_path_factory):
             ("dgpo", line("handed", "sd3", **anchored)),
             ("dgpo", line("parts", "sd3", steps=4, **anchored) + ["--resume"]),
             ("grpo", line("grpo shards", "flux", **ANCHORED)),
+            ("dgpo", line("float32 shards", "sd3", dtype="float32", fsdp=True)),
             ("grpo", line("uneven", "sd14", groups=6, updates=2, micro_batch=4, steps=1, fsdp=True))]
     with contextlib.chdir(folder):
         torchrun(2, runs)
@@ -209,6 +210,13 @@ def test_shards_equal_whole_weights(train, two):
     saved, whole = (PUBLIC["flux"].from_pretrained(run.out / "transformer", torch_dtype=torch.float64).state_dict()
                     for run in (one, two["grpo shards"]))
     assert saved.keys() == whole.keys() and all((saved[key] - whole[key]).abs().max() < 1e-9 for key in saved)
+
+
+def test_shards_are_summed_in_float32_too(train, two):
+    """By a sum that gloo has, as NCCL: with its own factor FSDP2 asks for another kind in float32 and bfloat16."""
+    one = train(dgpo, "sd3", dtype="float32")
+    for a, b in zip(one.rows, two["float32 shards"].rows, strict=True):
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * a["grad_norm"] and a["grad_norm"] > 0
 
 
 def test_shards_of_groups_that_do_not_divide_by_the_updates(train, two):
