@@ -1258,7 +1258,7 @@ def cli(config, presets, argv=None, defaults=None):
         from csrc import ops
         try:
             ops.build()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise ValueError(f"--fused: {error}") from None
     return cfg
 
@@ -1414,7 +1414,7 @@ def exit_codes():
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.1), default=24)    # 44.5 GiB is 48 GB
@@ -2233,8 +2233,8 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
             if cfg.lora_rank:
                 models.save_lora(pipe.net, run.out / "lora.safetensors")
             elif pipe.family == "uvit":                               # no library knows it: the whole pipeline
-                small = torch.float16 if cfg.model.startswith("tiny") else models.DTYPES[cfg.dtype]
-                models.save_uvit(pipe, run.out / "model", small)
+                small = cfg.model.startswith("tiny") and cfg.dtype == "bfloat16"       # the shipped ones: finer in fp16
+                models.save_uvit(pipe, run.out / "model", torch.float16 if small else models.DTYPES[cfg.dtype])
             else:
                 pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     row, tags, found = {}, {}, []

@@ -195,7 +195,7 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     dsm, dsm_ref: (B,) float32, the mean over dimensions, groups contiguous; adv: (B,), positive for G+, so that A_i is
     w_i with its sign. Returns the loss (). Raises ValueError for shapes that do not fit. Source: DGPO, Eq. 17.
     """
-    if not dsm.shape == dsm_ref.shape == adv.shape or len(dsm) % group_size:
+    if not dsm.shape == dsm_ref.shape == adv.shape or group_size < 1 or len(dsm) % group_size:
         raise ValueError(f"dgpo_loss: {len(dsm)}, {len(dsm_ref)}, {len(adv)} values do not fill groups of {group_size}")
     if ops.compiled(dsm):
         return ops.dgpo_loss(dsm, dsm_ref.to(dsm.dtype), adv.to(dsm.dtype), group_size, beta)

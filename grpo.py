@@ -170,7 +170,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
-    ratio = (logp - logp_old).exp()                                    # r_i  (B,)
+    ratio = (logp - logp_old).clamp(max=20).exp()                      # r_i  (B,), finite where A = 0, or clipped
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),

@@ -93,6 +93,7 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
             name, factor = term.strip(), "1"
         if not math.isfinite(data.number(factor)):
             raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
+        name = name.strip()
         terms.append((name, float(factor), _load_one(name, weights, device)))
     rounded = [name for name, _, reward in terms if dtype == "bfloat16" and hasattr(reward, "may_round")]
     if dtype == "bfloat16" and not rounded:

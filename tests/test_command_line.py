@@ -377,3 +377,11 @@ import {script}"""
     env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "3000\n", done.stderr
+
+
+def test_a_path_that_is_not_canonical(tmp_path):
+    """A script that is called through a link ends with one line, too."""
+    (tmp_path / "link").symlink_to(Path(dgpo.__file__).parent)
+    done = subprocess.run([sys.executable, tmp_path / "link" / "dgpo.py", "--t-min", "2"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --t-min 2.0") and done.stderr.count("\n") == 1

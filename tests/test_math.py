@@ -120,6 +120,14 @@ def test_best_and_worst():
 
 # =============================================================================================================== GRPO
 
+def test_policy_loss_of_ratios_that_overflow():
+    """exp(200) is infinite in float32: times an advantage of 0 it would be NaN, and so a clipped one's gradient."""
+    logp = torch.tensor([200., 200., 0.], requires_grad=True)
+    loss, _ = grpo.policy_loss(logp, torch.zeros(3), torch.tensor([0., 1., 1.]), .2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-2.2 / 3) and logp.grad.tolist() == pytest.approx([0, 0, -1 / 3])
+
+
 def test_policy_loss_against_loops_and_finite_differences():
     logp_old, adv, c = randn(64, seed=1), randn(64, seed=2), .1
     logp = logp_old + .15 * randn(64, seed=3)
