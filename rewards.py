@@ -1666,7 +1666,7 @@ def geneval_engine(weights=None, device="cpu", batch=8):
                     for row in best if "color" in need else ():
                         x0, y0, x1, y1 = row["box"]
                         crop = torch.where(row["mask"], image, .6)[None, :, y0:y1, x0:x1]  # .6 is #999
-                        crops.append((row, clip_pixels(crop, clip.size, "torchvision")))# (1, 3, S, S)
+                        crops.append((row, clip_pixels(crop, clip.size, "torchvision")))  # (1, 3, S, S)
                 found.append(rows)
         for start in range(0, len(crops), 8 * batch):                  # crops are small, 224 x 224
             some = crops[start:start + 8 * batch]
