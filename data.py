@@ -699,6 +699,8 @@ def decoded(image):
     """An opened image in RGB, upright, on white where it is transparent. Raises Bad if its file is damaged."""
     try:
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                                # 16 bits of grey, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")

@@ -54,7 +54,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -3037,8 +3037,8 @@ def unlisted(folder):
 
 def _open(path):
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as e:
+        return data.decoded(Image.open(path))
+    except (OSError, data.Bad) as e:                                   # Pillow's own errors are OSErrors
         raise ValueError(f"cannot read the image {path}: {e.args[-1]}") from None
 
 

@@ -156,6 +156,14 @@ def test_transparent_is_white_and_turned_is_upright(tmp_path):
     assert (a == 255).all() and (b[:, :, 10:] > 200).all() and (b[:, :, :6] < 50).all()
 
 
+def test_grey_of_16_bits_is_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256 * 256).astype(np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    image = Image.open(tmp_path / "ramp.png")
+    assert image.mode.startswith("I") and data.decoded(image).mode == "RGB"
+    assert np.array_equal(np.asarray(data.decoded(image))[..., 1], np.round(ramp / 257))
+
+
 def test_what_lies_between_the_samples(tmp_path):
     shard = write_tar(tmp_path / "0.tar", {
         "./a/": tarfile.DIRTYPE[0], "./a/0.JPEG": picture(0, kind="JPEG"), "./a/._0.txt": b"\0", "./a/0.txt": "zero",
