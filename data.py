@@ -1270,6 +1270,11 @@ def method_of(config):
     return pathlib.Path(inspect.getfile(config)).stem
 
 
+def free_run(method):
+    """The first folder of runs/METHOD-001, 002, ... that does not exist."""
+    return next(path for n in itertools.count(1) if not (path := pathlib.Path(f"runs/{method}-{n:03d}")).exists())
+
+
 def last_run(method, out=""):
     """The folder that --resume goes on in: out, or the last one made of runs/METHOD-*. Raises ValueError if none is."""
     runs = sorted(pathlib.Path("runs").glob(f"{method}-*"), key=lambda path: path.stat().st_mtime)
@@ -1297,7 +1302,7 @@ def refuse(message):
 def choose(name, value, options):
     """Raise ValueError unless value is one of the options: a flag with an unknown word is refused, never ignored."""
     if value not in options:
-        raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(map(str, options))}")
+        raise ValueError(f"--{name.replace('_', '-')} {value!r} is unknown: {', '.join(filter(None, options))}")
 
 
 def number(text):
@@ -1422,7 +1427,7 @@ def exit_codes():
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.1), default=24)    # 44.5 GiB is 48 GB
             error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch,"
                      f" --checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
-        elif raised_in.parent != pathlib.Path(__file__).resolve().parent:
+        elif pathlib.Path(__file__).resolve().parent not in raised_in.parents[:2]:      # csrc/, too
             crash()
             raise
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
@@ -1506,11 +1511,8 @@ class Run:
         if cfg.out or cfg.resume:
             out = last_run(method, cfg.out)
         else:
-            out = next(path for n in range(1, 10**6) if not (path := pathlib.Path(f"runs/{method}-{n:03d}")).exists())
-        if self.world > 1:                                            # one name for all: the first process looked
-            box = [str(out)]
-            dist.broadcast_object_list(box)
-            out = pathlib.Path(box[0])
+            out = free_run(method)
+        out = self._agreed(out)                                       # a file system may show others to each process
         settings, state = dataclasses.asdict(cfg), None
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
@@ -1541,8 +1543,14 @@ class Run:
         if self.world > 1:
             dist.barrier()                                            # all have looked at OUT before it changes
         if self.rank == 0:
-            self._refuse_taken(self.out)                              # another run may have been quicker
             try:
+                while not (self.cfg.out or self.cfg.resume):          # a name of our choice: two runs never share one
+                    with contextlib.suppress(FileExistsError):
+                        self.out.mkdir(parents=True)
+                        break
+                    self.out = free_run(self.method)                  # another run was quicker
+                    self.say(f"out: {self.out}")
+                self._refuse_taken(self.out)
                 (self.out / "samples").mkdir(parents=True, exist_ok=True)
                 (self.out / "last").mkdir(exist_ok=True)
             except OSError as error:
@@ -1561,6 +1569,14 @@ class Run:
                 if row.endswith("}") and json.loads(row)["step"] <= self.count["step"]:
                     kept.setdefault(json.loads(row)["step"], row)
             times.write_text("".join(f"{row}\n" for row in kept.values()))
+        self.out = self._agreed(self.out)
+
+    def _agreed(self, out):
+        """The first process's folder, on all of them."""
+        box = [str(out)]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return pathlib.Path(box[0])
 
     def say(self, text):
         """Print on the first process, above the progress bar."""

@@ -406,7 +406,7 @@ def answer_of(method, net, ctx, null, scale):
 
 
 def check_model(cfg, pipe):
-    """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method asks for."""
+    """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method and the sampler ask for."""
     lam = pipe.net.config.get("lam") if pipe.family == "uvit" else None
     if lam is None or lam != (cfg.method == "prox"):
         kind = "no U-ViT" if lam is None else f"a {('score', 'prox')[lam]} model, {'with' if lam else 'without'} lambda"
@@ -414,7 +414,8 @@ def check_model(cfg, pipe):
     scheme = pipe.net.config.get("scheme", cfg.scheme)                 # of those that train wrote
     if scheme != cfg.scheme and cfg.stage != "finetune":
         raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}")
-    default_sampler(cfg)
+    if default_sampler(cfg) == "pda":
+        pda_lambdas(cfg.eval_steps)
 
 
 def default_sampler(cfg):
@@ -759,13 +760,14 @@ def sample_stage(cfg):
     """Stage sample: a sheet of pictures of validation prompts, and their score."""
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
+    judges = rewards.judges(cfg, run.device)
+    rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
     check_model(cfg, pipe)
-    rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     if cfg.method == "prox":
         warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
     run.begin()
-    row = data.evaluate(sample, pipe, rows, rewards.judges(cfg, run.device), cfg, run, cfg.cfg_eval)
+    row = data.evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
     if run.rank == 0:
@@ -789,11 +791,15 @@ def compare(cfg):
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
     steps = data.counts("compare_steps", cfg.compare_steps)
+    judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
+                                                for name in filter(None, cfg.compare_rewards.split(","))}
+    rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:
         pipe = models.load(model, weights or None, models.DTYPES[cfg.dtype], run.device, init or None)
-        one = replace(cfg, model=model, sampler="", method="prox" if pipe.net.config.get("lam") else "score")
+        method = "prox" if pipe.net.config.get("lam") else "score"
+        one = replace(cfg, model=model, method=method, sampler="", eval_steps=min(steps))
         check_model(one, pipe)
         if one.method == "prox":
             warn_of_steps(one, run, pipe, "--compare-steps", steps)
@@ -804,9 +810,6 @@ def compare(cfg):
                   if method == one.method and sampler not in {"hybrid", "pda"} - {cfg.scheme}]
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
-    rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
-                                                for name in filter(None, cfg.compare_rewards.split(","))}
     run.begin()
     table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
     with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:

@@ -271,6 +271,18 @@ def test_out_that_is_taken(module, small, refused):
 
 
 @BOTH
+def test_two_runs_at_once_take_two_folders(module, small, capsys):
+    """Both look for a free one before either has begun; a folder that was named is refused instead."""
+    cfg = data.cli(module.Config, module.PRESETS, [*small, "--out", ""])
+    one, two = (data.Run(cfg, module.__name__) for _ in range(2))
+    assert one.out == two.out == Path(f"runs/{module.__name__}-001") and not Path("runs").exists()
+    one.begin(), two.begin()
+    assert (one.out.name, two.out.name) == (f"{module.__name__}-001", f"{module.__name__}-002")
+    assert f"out: {two.out}" in capsys.readouterr().out
+    assert all(json.loads((run.out / "config.json").read_text())["out"] == "" for run in (one, two))
+
+
+@BOTH
 def test_resume_without_a_run(module, small, refused):
     refused(module, [*small, "--resume"], "--resume", "out/config.json does not exist", "leave --resume away")
     refused(module, [*small, "--resume", "--out", ""], "--resume", f"runs/{module.__name__}-*")

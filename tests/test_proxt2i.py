@@ -515,6 +515,9 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["rl", "--sampler", "sde"], "wants a score model"), (["rl", "--sampler", "pda"], "--scheme hybrid"),
     (["dance"], "dance"), (["rl", "--candidates", "4,x"], "4,x"), (["rl", "--sample-steps", 1], "2 or more"),
     (["rl", "--zeta", 0], "--zeta"), (["train", "--scheme", "pda"], "10 steps or more"),
+    (["train", "--model", "tiny-prox", "--scheme", "pda", "--candidates", "10,25"], "2 steps of PDA"),
+    (["rl", "--scheme", "halfway"], "--scheme 'halfway' is unknown: hybrid, pda"),
+    (["rl", "--sampler", "halfway"], "--sampler 'halfway' is unknown: hybrid, pda, sde, sde-mean, ode, dpm"),
     (["rl", "--method", "prox", "--model", "SCORE"], "lambda")), ids=str)
 def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
