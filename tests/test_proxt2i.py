@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import data
 import mixture
@@ -416,6 +417,12 @@ def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkey
     assert len(seen) == 8
 
 
+def saved_as(out):
+    """The dtypes of a run's network on disk, as safetensors calls them."""
+    with safe_open(f"{out}/model/transformer/diffusion_pytorch_model.safetensors", "pt") as f:
+        return {f.get_slice(name).get_dtype() for name in f.keys()}
+
+
 @pytest.mark.parametrize("method", ("prox", "score"))
 def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -432,6 +439,7 @@ def test_training_resumes_bit_for_bit_and_can_be_loaded(method, tmp_path, capsys
     assert pipe.family == "uvit" and pipe.latent_shape() == (3, 28, 28)
     assert pipe.net.config["lam"] == (method == "prox")
     written = json.loads(Path("whole/model/transformer/config.json").read_text())       # what it was trained for
+    assert saved_as("whole") == {"F16"}                                # the tiny ones; in bfloat16, too
     assert written.get("candidates") == (proxt2i.Config.candidates if method == "prox" else None)
     if method == "prox":
         with pytest.raises(SystemExit):
@@ -503,6 +511,7 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(["train", "--model", "tiny-prox", "--batch", 4, "--steps", 2, "--out", "out", *SMALL, "--eval-every", 1,
          "--dtype", "float32"], capsys)
+    assert saved_as("out") == {"F32"}
     sheets = [Image.open(f"out/samples/00000{n}.png") for n in (1, 2)]
     strip = Image.open("out/samples/strip.png")
     header = 2 * sheets[0].height - strip.height
