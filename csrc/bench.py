@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -202,8 +203,17 @@ def start(program, script, name, gigabytes, how, extra, folder):
     line = [word for key, value in flags.items() for word in
             ([f"--{key.replace('_', '-')}", str(value)] if value is not None else [f"--no-{key}"])]
     words = [ROOT / "csrc" / program, how, script, *["rl"] * (script == "proxt2i"), *line, *map(str, extra)]
-    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"T2I_GPU_CAP": str(gigabytes if how == "ours" else 0)})
+    cap = {"T2I_GPU_CAP": str(gigabytes if how == "ours" else 0)}
+    with open(folder / "stdout", "w+") as out, open(folder / "stderr", "w+") as err:
+        def said():
+            return [(file.seek(0), file.read())[1] for file in (out, err)]
+        try:
+            done = subprocess.run([sys.executable, *words], cwd=folder, stdout=out, stderr=err, env=os.environ | cap)
+        except BaseException:                                          # stopped: what it has said so far
+            print(*(text[-4000:] for text in said()), sep="\n", file=sys.stderr, flush=True)
+            raise
+        done.stdout, done.stderr = said()
+    return done
 
 
 def measured(script, name, gigabytes, how, extra=()):
@@ -280,9 +290,10 @@ def random_rewards(folder, small):
 def score(device, small, images, seconds):
     """Print each reward's ms for an image of 512 px, the tiny world's for 28. Returns rows (reward, dtype, ms or None).
 
-    images: how many a call; the time is the median of calls, 3 at least, made within about so many seconds.
+    images: how many a call; the time is the median of calls, 3 at least, made within about so many seconds. One that
+    fails is told, and the others follow; then SystemExit.
     """
-    rows = []
+    rows, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         rewards = random_rewards(pathlib.Path(folder), small)
         machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
@@ -300,18 +311,22 @@ def score(device, small, images, seconds):
                 continue
             tiny = name.startswith(("shapes", "tiny-clip"))
             for dtype in ("float32", "bfloat16"):
-                try:
-                    reward = rewards.load(name, None, device, dtype)
-                except ValueError as error:                            # a package that is not there; thresholds
-                    if dtype == "float32":
-                        print(f"{name:<18}{dtype:>10}  {error}", flush=True)
-                        rows.append((name, dtype, None))
-                    continue
                 metas = world if tiny else [meta] * images
                 args = small_images if tiny else large_images, ["a photo of a red cat"] * images, metas
-                ms, busy = (1e3 * t / images for t in call_time(lambda: reward(*args), device, seconds))
+                try:
+                    reward = rewards.load(name, None, device, dtype)
+                    ms, busy = (1e3 * t / images for t in call_time(lambda: reward(*args), device, seconds))
+                except Exception as error:
+                    known = isinstance(error, ValueError)              # a package that is not there; thresholds
+                    failed += [] if known else [f"{name} {dtype}"]
+                    if dtype == "float32" or not known:
+                        print(f"{name:<18}{dtype:>10}  {error if known else traceback.format_exc()}", flush=True)
+                        rows.append((name, dtype, None))
+                    continue
                 rows.append((name, dtype, ms))
                 print(f"{name:<18}{dtype:>10}{ms:>13.2f}{busy:>9.2f}{1e3 / ms:>10.1f}", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
     return rows
 
 

@@ -21,10 +21,10 @@ using at::Tensor;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (tensor).scalar_type(), name, __VA_ARGS__)
 
 inline void check_same(const char* name, const Tensor& a, const Tensor& b) {
-    bool same = a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device();
+    bool same = a.sym_sizes() == b.sym_sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device();
     TORCH_CHECK_VALUE(same && at::isFloatingType(a.scalar_type()), name, ": shapes, dtypes and devices must be equal, "
-                      "and floating point, not ", a.toString(), a.sizes(), " on ", a.device(), " and ", b.toString(),
-                      b.sizes(), " on ", b.device(), ".");
+                      "and floating point, not ", a.toString(), a.sym_sizes(), " on ", a.device(), " and ",
+                      b.toString(), b.sym_sizes(), " on ", b.device(), ".");
 }
 
 // Where sums and per-sample values live: float, double for double.

@@ -117,7 +117,7 @@ def linear_step(x, cond=None, a=1.0, b=0.0, std=0.0, uncond=None, scale=1.0, w=N
     if key is not None and len(key) != 3:
         raise ValueError(f"linear_step: key={key}, it takes (seed, step, image).")
     given = sum(part is not None for part in (eps, key, x_next))
-    if std < 0 or given > 1 or bool(std) > given:
+    if std < 0 or given > 1 or (std and not given):
         raise ValueError(f"linear_step: std={std} with {given} of eps, key and x_next: a step with noise takes one.")
     scale = 1.0 if uncond is None else scale                             # the backward pass multiplies by it
     if not compiled(x):
@@ -431,7 +431,8 @@ def build(verbose=False):
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as tmp:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
+        load()                                                           # built while we waited
+        if not target.exists() or lib is None:                           # there, but of no use on this machine
             compile_into(Path(tmp), nvcc, verbose).replace(target)       # all at once: nobody loads half a library
     if lib is not None and nvcc and "cuda" not in devices:
         return status() + "; the cuda ops are built now and wait for the next start"
@@ -547,9 +548,12 @@ def register(ops):
     def prox_setup(ctx, inputs, output):
         pred, target, ctx.zeta = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)                                 # no zeros, and no launch, for output[1]
         ctx.save_for_backward(pred, target, output[1])                   # output[1]: exp(-q), not rounded as 1 - loss
 
     def prox_backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None
         grad = ops.prox_matching_loss_backward(grad, *ctx.saved_tensors, ctx.zeta)
         return (grad if ctx.needs_input_grad[0] else None), (-grad if ctx.needs_input_grad[1] else None), None
 
@@ -576,9 +580,12 @@ def register(ops):
     def dgpo_setup(ctx, inputs, output):
         *tensors, ctx.group_size, ctx.beta = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1])
 
     def dgpo_backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 5
         dsm, dsm_ref, adv, weight = ctx.saved_tensors
         if torch.is_grad_enabled():                                      # create_graph
             a, l, l_ref = (t.to(weight.dtype) for t in (adv, dsm, dsm_ref))
@@ -601,5 +608,6 @@ if __name__ == "__main__":
         sys.exit("usage: python csrc/ops.py [build [--verbose]]")
     try:
         print(build(verbose="--verbose" in sys.argv) if sys.argv[1:] else status())
+        sys.exit(bool(sys.argv[1:]) and lib is None)
     except RuntimeError as error:
         sys.exit(str(error))

@@ -32,6 +32,7 @@ step() {                                        # step LOG NAME SECONDS COMMAND.
     printf -- '-- %s\n' "${steps[-1]}"
     [ "$code" -eq 0 ] && return
     failed=1 failures+=$(printf '\n-- %s: %s\n' "$name" "$result"; tail -c "+$((from + 1))" "$log" | digest)$'\n'
+    return 1
 }
 
 digest() {                                      # of a step's output what fits the end of ours: pytest's lines, the last
@@ -55,9 +56,13 @@ print(f"{p.name}, {p.total_memory >> 30} GiB, sm_{p.major}{p.minor}, PyTorch {to
       f"CUDA {torch.version.cuda}")
 END
 kernels=(tests/test_csrc.py tests/test_loop.py) bench=("$python" csrc/bench.py)
-pytest=("$python" -m pytest -q --continue-on-collection-errors -o faulthandler_timeout=120)
+pytest=("$python" -m pytest -v --continue-on-collection-errors -o faulthandler_timeout=120)
 step build "build the fused ops" 180 "$python" csrc/ops.py build
-step tests "kernel tests" 150 "${pytest[@]}" "${kernels[@]}" -k "cuda or gpu" --junitxml "$out/gpu-kernels.xml"
+step tests "kernel tests" 150 "${pytest[@]}" -o faulthandler_timeout=40 "${kernels[@]}" -k "cuda or gpu" \
+    --junitxml "$out/gpu-kernels.xml" ||        # a kernel that faults takes its process along: each op in its own
+    for op in prox_m cfg_c advantage dgpo "step or noise or scale" "layouts or empty or nan"; do
+        step tests "  $op" 30 "${pytest[@]}" tests/test_csrc.py -k "cuda and ($op)"
+    done
 pytest+=(--junitxml "$out/gpu-tests.xml")
 if [ "$1" = all ]; then
     step ops "fused ops against eager" 900 "${bench[@]}" --compile --device cuda

@@ -279,9 +279,12 @@ def test_a_u_vit(tmp_path, lam):
 
 
 def test_rewards_are_timed():
-    """Of random small networks, and of the verifier; a reward whose files are missing is said and has no time."""
+    """Of random small networks, and of the verifier; a reward whose files are missing is said and has no time.
+
+    One that fails ends the table with an error, once the others have their time.
+    """
     root, names = pathlib.Path(rewards.__file__).parent, ("shapes", "hpsv2", "aesthetic", "tiny-clip", "imagereward")
-    code = f"""import json, sys
+    code = f"""import contextlib, io, json, sys
 sys.path[:0] = ["{root}/csrc", "{root}"]
 import bench
 make = bench.random_rewards
@@ -293,13 +296,26 @@ def few(*args):
     module = make(*args)
     module.REWARDS = {{name: module.REWARDS[name] for name in {names}}} | {{"ocr": refuse}}
     return module
+
+def fails(*args):
+    module = few(*args)
+    module.REWARDS = {{"clip": lambda weights, device: lambda *args: [][1], "shapes": module.REWARDS["shapes"]}}
+    return module
 bench.random_rewards = few
-print(json.dumps(bench.score("cpu", True, 2, 0)))"""
+rows = bench.score("cpu", True, 2, 0)
+bench.random_rewards = fails
+try:
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        bench.score("cpu", True, 2, 0)
+except SystemExit as error:
+    print(json.dumps([rows, str(error), table.getvalue()]))"""
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     *said, last = done.stdout.splitlines()
-    rows = json.loads(last)
+    rows, error, table = json.loads(last)
+    assert error == "failed: clip float32" and table.count("IndexError") == 1
+    assert table.splitlines()[-1].startswith("shapes")
     both = [[name, dtype] for name in names[1:] for dtype in ("float32", "bfloat16")]
     assert [row[:2] for row in rows] == [["shapes", "float32"], *both, ["ocr", "float32"]]
     assert all(ms > 0 for *_, ms in rows[:-1]) and rows[-1][2] is None

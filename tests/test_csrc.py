@@ -71,8 +71,9 @@ def test_prox_matching_loss(d, dtype, device):
     assert torch.equal(ops.prox_matching_loss(pred, target, 1.5), results[0][0])
 
 
-def test_prox_matching_loss_does_not_depend_on_the_batch_or_the_threads():
-    pred, target = randn(5, 20000), randn(5, 20000, seed=1)
+@pytest.mark.parametrize("device", DEVICES)
+def test_prox_matching_loss_does_not_depend_on_the_batch_or_the_threads(device):
+    pred, target = randn(5, 20000).to(device), randn(5, 20000, seed=1).to(device)
     whole = ops.prox_matching_loss(pred, target, 1.0)
     assert torch.equal(whole[3:4], ops.prox_matching_loss(pred[3:4], target[3:4], 1.0))
     threads = torch.get_num_threads()
@@ -392,8 +393,9 @@ def test_dgpo_loss(groups, group_size, dtype, device):
     assert torch.equal(ops.dgpo_loss(dsm, ref, adv, group_size, 30.0), results[0][0])
 
 
-def test_dgpo_loss_far_from_zero_and_its_derivatives():
-    dsm, ref, adv = (randn(12, dtype=torch.float64, seed=i) for i in range(3))
+@pytest.mark.parametrize("device", DEVICES)
+def test_dgpo_loss_far_from_zero_and_its_derivatives(device):
+    dsm, ref, adv = (randn(12, dtype=torch.float64, seed=i).to(device) for i in range(3))
     for size in (1e3, 1e-9, inf, nan):
         args = (dsm * size, ref, adv, 4, 5.0)
         torch.testing.assert_close(ops.dgpo_loss(*args), ops.dgpo_loss_ref(*args), equal_nan=True, rtol=1e-12, atol=0)
@@ -552,10 +554,11 @@ def test_the_ops_own_doors_are_shut():
             call()
 
 
-def test_every_seed_of_64_bits():
-    x, keys = torch.zeros(2, 8), [(seed, 3, 5) for seed in (0, 2**63 - 1, 2**63, 2**64 - 1)]
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_seed_of_64_bits(device):
+    x, keys = torch.zeros(2, 8, device=device), [(seed, 3, 5) for seed in (0, 2**63 - 1, 2**63, 2**64 - 1)]
     drawn = [ops.linear_step(x, std=1.0, key=key)[0] for key in keys]
-    assert all(torch.equal(z, ops.noise(x.shape, *key)) for z, key in zip(drawn, keys))
+    assert all(torch.equal(z.cpu(), ops.noise(x.shape, *key)) for z, key in zip(drawn, keys))
     assert not torch.equal(drawn[1], drawn[2])
 
 
@@ -621,7 +624,8 @@ def test_opcheck(dtype, device):
         assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 
 
-def test_the_ops_stay_whole_under_torch_compile():
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ops_stay_whole_under_torch_compile(device):
     def step(pred, uncond, cond, reward):
         adv = ops.group_advantage(reward, 2) + ops.slas_advantage(reward, 2, 0.7, clip=2.0)
         x_next, taken = ops.linear_step(uncond, cond, 0.9, -0.2, 0.3, key=(1, 2, 3))
@@ -629,13 +633,30 @@ def test_the_ops_stay_whole_under_torch_compile():
         prox = ops.prox_matching_loss(pred, ops.cfg_combine(uncond, cond, 3.0), 1.0)
         return (adv * (prox + logp - taken)).sum() + mean.sum() + ops.dgpo_loss(prox, adv, adv, 2, 3.0)
 
-    pred, uncond, cond = (randn(4, 70, seed=i) for i in range(3))
-    reward, grads = randn(4, seed=3), []
+    pred, uncond, cond = (randn(4, 70, seed=i).to(device) for i in range(3))
+    reward, grads = randn(4, seed=3).to(device), []
     for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         x = pred.clone().requires_grad_()
         f(x, uncond, cond, reward).backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+def test_one_graph_for_all_shapes_and_steps():
+    """A sampler's loop around a compiled step: its std changes, and the last is 0."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    guide = torch.compile(lambda u, c: ops.cfg_combine(u, c, 3.0), backend=backend, dynamic=True, fullgraph=True)
+    for n in (3, 40, 70, 333):
+        u, c = randn(2, n), randn(2, n, seed=1)
+        assert torch.equal(guide(u, c), ops.cfg_combine(u, c, 3.0))
+    assert len(graphs) == 1
+    step = torch.compile(lambda x, std: ops.linear_step(x, x, .9, .1, std, eps=x)[0], backend="aot_eager")
+    for std in (.5, .3, .25, 0.0):
+        torch.testing.assert_close(step(u, std), ops.linear_step(u, u, .9, .1, std, eps=u)[0], rtol=1e-6, atol=1e-6)
 
 
 # == Which one runs, and the build ==
@@ -682,6 +703,22 @@ def test_a_stale_or_broken_library_is_not_loaded(tmp_path, monkeypatch):
     (tmp_path / before.name).write_text("not a library")
     done = run("from csrc import ops; print(ops.status())", T2I_OPS_CACHE=str(tmp_path))
     assert done.stdout.startswith("fused ops: PyTorch twins (the cached library could not be loaded: ")
+
+
+def test_a_broken_library_is_built_anew(tmp_path, monkeypatch):
+    """And where what is built does not load either, `python csrc/ops.py build` says so and fails."""
+    monkeypatch.setattr(ops, "CACHE", tmp_path)
+    monkeypatch.setattr(ops, "lib", None)
+    monkeypatch.setattr(ops, "find_nvcc", lambda: None)
+    target, made = ops.library("cpu"), []
+    target.write_text("not a library")
+
+    def compile_into(tmp, nvcc, verbose):
+        made.append(tmp)
+        (tmp / "t2i.so").write_text("nor this")
+        return tmp / "t2i.so"
+    monkeypatch.setattr(ops, "compile_into", compile_into)
+    assert "could not be loaded" in ops.build() and len(made) == 1 and target.read_text() == "nor this"
 
 
 def test_importing_brings_in_nothing_else():

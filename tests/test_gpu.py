@@ -1,7 +1,10 @@
-"""Full-size SD3.5 Medium and FLUX.1-dev on a GPU, random weights: the forward of diffusers, and a step of training."""
+"""On a GPU: the tiny model by every script; full-size SD3.5 Medium and FLUX.1-dev, random weights, beside diffusers."""
 import gc
+import json
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 import models
 from csrc import bench
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device: needs a gpu")
 
 
@@ -66,6 +70,16 @@ def test_full_size_forward_is_that_of_diffusers(name):
         exact = pipe.net.float()(*wide)
     error, reference = (ours - exact).abs().mean(), (other - exact).abs().mean()
     assert exact.std() > 0 and error <= 2 * reference and reference < 0.1 * exact.std(), (error, reference, exact.std())
+
+
+@pytest.mark.parametrize("line", ("dgpo.py", "grpo.py", "slas.py", "proxt2i.py rl"))
+def test_the_tiny_model_trains(line, tmp_path):
+    """Every script on its own, two steps of its quick start: exit code 0, and its last line says where the run is."""
+    script, *stage = line.split()
+    more = ["--steps", "2", "--eval-images", "24", "--val-images", "24", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, ROOT / script, *stage, *more], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert " on 1 x cuda, " in done.stdout and json.loads(done.stdout.splitlines()[-1])["steps"] == 2
 
 
 @pytest.mark.parametrize("script, name, gigabytes", (
