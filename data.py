@@ -1392,7 +1392,11 @@ def load_policy(cfg, run, fresh=False):
     if pipe.family == "uvit" and run.method != "proxt2i":
         raise ValueError(f"--model {cfg.model}: a U-ViT is no flow model and no SD1: python proxt2i.py rl --model "
                          f"{cfg.model}")
+    if getattr(cfg, "guidance", 0) != getattr(type(cfg), "guidance", 0) and not pipe.net.config.get("guidance_embeds"):
+        raise ValueError(f"--guidance {cfg.guidance:g} is told to FLUX.1-dev alone; {cfg.model}'s guidance is "
+                         f"--cfg-rollout, --cfg-train and --cfg-eval")
     net = run.net = pipe.net
+    run.watch(net)
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
     net.checkpointing = cfg.checkpointing
     if cfg.offload and pipe.vae:
@@ -1480,12 +1484,14 @@ class Run:
     """
 
     FILES = ("metrics.jsonl", "evals.jsonl")                          # a row a step, a row an evaluation
+    in_a_row = 0                                                      # updates skipped since the last that was made
 
     def __init__(self, cfg, method):
         self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
         self.method, self.stopping, self.constant, self.norms, self.skipped = method, False, False, [], False
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
+        self.passes, self.counting = [0, 0], True                     # this process's in this step, see watch
         self.shards = None                                            # name of the last checkpoint's
         self.laps, self.mark = {}, time.perf_counter()                # seconds of this step by what they went into
         if self.state:
@@ -1598,6 +1604,36 @@ class Run:
         late = self.count["step"] and time.time() - self.start > 60 * self.cfg.minutes
         over = self.count["step"] >= self.cfg.steps or late or self.stopping
         return bool(self.sum(torch.tensor(float(over)))) if self.world > 1 else over
+
+    # -- counters: what a step cost, as it happened --------------------------------------------------------------------
+
+    def watch(self, net):
+        """Count a network's passes from now on, image by image: forward, and backward where there was a gradient."""
+        def forward(module, inputs, output):
+            if self.counting:
+                self.passes[0] += len(output)
+                if output.requires_grad:
+                    output.register_hook(backward)
+
+        def backward(grad):
+            self.passes[1] += len(grad)
+        net.register_forward_hook(forward)
+
+    @contextlib.contextmanager
+    def uncounted(self):
+        """For passes that are no training: evaluation, checks, estimates."""
+        self.counting, before = False, self.counting
+        try:
+            yield
+        finally:
+            self.counting = before
+
+    def tally(self, images):
+        """A step is over: count it, its images, and the passes of all processes since the last."""
+        passes, self.passes = torch.tensor(self.passes), [0, 0]
+        forwards, backwards = self.sum(passes).tolist()
+        for name, more in dict(step=1, images=images, forwards=forwards, backwards=backwards).items():
+            self.count[name] += more
 
     # -- exchange between processes: rewards, gradients, sums ---------------------------------------------------------
 
@@ -2222,8 +2258,9 @@ def evaluate(sample, pipe, rows, judges, cfg, run, scale):
 
 def validate(sample, pipe, val, judges, cfg, run):
     """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
-    sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-    row = evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
+    with run.uncounted():
+        sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
+        row = evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
     run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
     return row
 

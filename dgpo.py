@@ -584,16 +584,7 @@ def train(cfg):
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
         # 5. Report
-        run.count["step"] += 1
-        run.count["images"] += cfg.groups * cfg.group_size
-        both = {name: 1 + (getattr(cfg, f"cfg_{name}") != 1) for name in ("rollout", "train", "ref")}  # passes
-        seen = cfg.groups * G * cfg.updates * cfg.timesteps            # images in the losses
-        scored = both["ref"] * (1 + (kl_ref is not ref)) + both["train"] * (1 + (cfg.clip_range > 0) +
-                                                                            (cfg.micro_batch < G))  # passes for each
-        held *= cfg.groups * cfg.updates * cfg.timesteps
-        run.count["forwards"] += cfg.groups * cfg.group_size * cfg.sample_steps * both["rollout"] + seen * scored
-        run.count["forwards"] += 2 * held * both["train"]
-        run.count["backwards"] += (seen + held) * both["train"]
+        run.tally(cfg.groups * cfg.group_size)
         loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm,

@@ -462,7 +462,7 @@ def train(cfg):
         if not checked:                                                # the same weights must give the same log-probs
             pieces = [slice(k, min(k + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
                       for k in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
-            with torch.no_grad():
+            with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(x[:, p], i, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[i][p]
                                        for p in pieces for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
@@ -493,13 +493,7 @@ def train(cfg):
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        run.count["step"] += 1
-        run.count["images"] += cfg.groups * cfg.group_size
-        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
-        run.count["forwards"] += cfg.groups * cfg.group_size * (cfg.sample_steps * (1 + (cfg.cfg_rollout != 1))
-                                                                + len(trained) * passes)
-        run.count["backwards"] += cfg.groups * cfg.group_size * len(trained) * (
-            1 + (cfg.cfg_train != 1 and not cfg.cfg_detach))
+        run.tally(cfg.groups * cfg.group_size)
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,

@@ -2275,7 +2275,7 @@ def fisher(policy, steps, images, params, v, run):
             out += torch.cat([g.flatten() for g in fisher_product(mean, std, params, parts)]) / len(steps)
         return run.sum(out) / run.world
 
-    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):       # the one that has second derivatives
+    with run.uncounted(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):          # has second derivatives
         square = torch.zeros((), device=v.device, dtype=v.dtype)
         for j in images:
             total = [torch.zeros_like(p) for p in params]

@@ -597,10 +597,7 @@ def train(cfg):
         if ema:
             models.move(ema, params, max(1 - cfg.ema, 1 / (step + 1)))
         # 4. Report
-        run.count["step"] += 1
-        run.count["images"] += cfg.batch
-        run.count["forwards"] += cfg.batch
-        run.count["backwards"] += cfg.batch
+        run.tally(cfg.batch)
         row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
@@ -688,7 +685,7 @@ def train_rl(cfg):
         if not checked:                                                # the same weights must give the same log-probs
             pieces = [slice(i, min(i + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
                       for i in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
-            with torch.no_grad():
+            with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(states[:, p], k, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[k][p]
                                        for p in pieces for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
@@ -728,14 +725,7 @@ def train_rl(cfg):
             if ema:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        made = cfg.groups * cfg.group_size
-        run.count["step"] += 1
-        run.count["images"] += made
-        passes = 1 + (cfg.cfg_train != 1) + (1 + (cfg.cfg_ref != 1)) * (cfg.kl_beta > 0)
-        held = cfg.groups * -(-cfg.group_size // HELD) * (cfg.hold > 0)
-        run.count["forwards"] += made * (n * (1 + (cfg.cfg_rollout != 1)) + len(trained) * passes)
-        run.count["forwards"] += 2 * held * (1 + (cfg.cfg_train != 1))
-        run.count["backwards"] += (made * len(trained) + held) * (1 + (cfg.cfg_train != 1))
+        run.tally(cfg.groups * cfg.group_size)
         loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,

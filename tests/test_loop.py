@@ -536,6 +536,9 @@ def test_dgpo_counts_network_passes(settings, flags, monkeypatch):
     with counting(dgpo, monkeypatch) as seen:
         _, rows, _ = run(dgpo, flags(**settings))
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] > 0
+    if not settings:                                                   # two rollouts of 8 images in 4 steps; 4 updates
+        held = 2                                                       # each, policy and reference, one held in four
+        assert seen == {"forwards": 2 * (8 * 4 + 4 * 2 * (8 + held)), "backwards": 2 * 4 * (8 + held)}
 
 
 @pytest.mark.parametrize("settings", (
@@ -551,6 +554,8 @@ def test_grpo_counts_network_passes(settings, flags, monkeypatch):
     passes = 1 + settings.get("cfg_detach", False)                     # of a step scored, for each that is trained
     seen["forwards"] -= rows[0]["backwards"] * passes                  # 8 images, the first rollout's trained steps
     assert {key: rows[-1][key] for key in seen} == seen and seen["backwards"] % train == 0 and seen["backwards"] > 0
+    if not settings:                                                   # two rollouts of 8 images; 3 of 4 steps trained
+        assert seen == {"forwards": 2 * 8 * (4 + 3), "backwards": 2 * 8 * 3}
 
 
 # ============================================================================================================== guards
