@@ -11,6 +11,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import fcntl
 import functools
 import glob
 import hashlib
@@ -388,8 +389,8 @@ def prompts(spec, split):
     .txt (one a line), .jsonl, .json (a list of strings or of objects) or .csv (with a "prompt" column, or UniGenBench's
     columns). A file's rows are the same for every split. HPDv2's are such files: train.json (a row for each pair of
     images; here each of its prompts counts once), anime.json ... Or a folder of such files, one a split, as Flow-GRPO's
-    and DGPO's are: train.txt, test.txt, or train_metadata.jsonl ...; without a val.txt every twentieth of train's rows
-    is held out for validation.
+    and DGPO's are: train.txt, test.txt, or train_metadata.jsonl ...; without a val.txt every twentieth of train's
+    prompts is held out for validation.
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
     UTF-8, or holds a row without a prompt.
     """
@@ -423,6 +424,11 @@ def prompts(spec, split):
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
+        if re.search("[\ud800-\udfff]", row["prompt"]):
+            raise ValueError(f"{path}: row {i}: half a character of two, which no tokenizer takes: {row['prompt']!a}")
+        weight = row.get("weight", 1)
+        if not isinstance(row.get("tag"), str | None) or type(weight) is not int or weight < 1:
+            raise ValueError(f"{path}: row {i}: a tag is a text, a weight a whole number from 1 on: {str(row)[:60]}")
     if "human_preference" in rows[0]:                                  # HPDv2's train.json
         return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     return rows
@@ -439,9 +445,11 @@ def _folder(path, split):
     rows = prompts(files[wanted][0], split)
     if files["val"] or split == "test":
         return rows
-    if len(rows) < 2:
+    texts = list(dict.fromkeys(row["prompt"] for row in rows))        # rows may repeat them
+    if len(texts) < 2:
         raise ValueError(f"{files['train'][0]}: one prompt, of which none can be held out for validation: add val.txt")
-    return rows[::20] if split == "val" else [row for i, row in enumerate(rows) if i % 20]
+    held = set(texts[::20])
+    return [row for row in rows if (row["prompt"] in held) == (split == "val")]
 
 
 def _rows(suffix, text):
@@ -452,6 +460,9 @@ def _rows(suffix, text):
         return [json.loads(line) for line in lines]
     if suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        for n, row in enumerate(rows, 1):
+            if None in row:
+                raise csv.Error(f"row {n} has more cells than the header; a prompt with a comma wants quotes around it")
         return [unigenbench_row(row) if {"prompt_en", "prompt_zh"} & row.keys() else row for row in rows]
     return json.loads(text) if lines else []
 
@@ -625,6 +636,8 @@ def find_shards(paths):
                 shards += [(str(tar), None, None) for tar in tars]
             elif (table := path / "metadata.jsonl").is_file():
                 for n, line in enumerate(table.read_bytes().splitlines(), 1):
+                    if not line.strip():
+                        continue
                     try:
                         name, text = json.loads(line)["file_name"], json.loads(line).get("text")
                         shards.append((str(path / name), os.path.splitext(name)[0], str(text or "")))
@@ -1272,15 +1285,16 @@ def method_of(config):
 
 def free_run(method):
     """The first folder of runs/METHOD-001, 002, ... that does not exist."""
-    return next(path for n in itertools.count(1) if not (path := pathlib.Path(f"runs/{method}-{n:03d}")).exists())
+    paths = (pathlib.Path(f"runs/{method}-{n:03d}") for n in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))   # a link to nothing is taken, too
 
 
 def last_run(method, out=""):
-    """The folder that --resume goes on in: out, or the last one made of runs/METHOD-*. Raises ValueError if none is."""
-    runs = sorted(pathlib.Path("runs").glob(f"{method}-*"), key=lambda path: path.stat().st_mtime)
+    """The folder that --resume goes on in: out, or the last one begun of runs/METHOD-*; ValueError if there is none."""
+    runs = sorted(pathlib.Path("runs").glob(f"{method}-*/config.json"), key=lambda path: path.stat().st_mtime)
     if not out and not runs:
         raise ValueError(f"--resume: there is no runs/{method}-* to resume; name one by --out")
-    return pathlib.Path(out) if out else runs[-1]
+    return pathlib.Path(out) if out else runs[-1].parent
 
 
 def settings_of(out, config):
@@ -1357,7 +1371,7 @@ def check_common(cfg):
     for name, low in least.items():
         if not getattr(cfg, name, low) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
-    for name in ("lr", "minutes", "max_grad_norm", "adv_clip"):
+    for name in ("lr", "minutes", "max_grad_norm", "adv_clip", "lora_alpha"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: more than 0")
     for name, value in dataclasses.asdict(cfg).items():
@@ -1504,9 +1518,9 @@ class Run:
         self.say(f"python {' '.join(sys.argv)}\n{method}, preset {cfg.preset}, on {self.world} x {self.device.type}, "
                  f"out: {self.out}")
 
-    def _stop(self, *_):
-        if self.stopping and time.time() - self.stopping < 1:         # torchrun passes on what the terminal sent, too
-            return
+    def _stop(self, name, _):
+        if self.stopping and (name == signal.SIGTERM or time.time() - self.stopping < 1):
+            return                                                    # torchrun passes on what the terminal sent, too
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = time.time()
@@ -1536,6 +1550,11 @@ class Run:
             written = state and state.get("written")
             if state and list(written if isinstance(written, dict) else ()) != list(self.FILES):
                 raise ValueError(f"{out / file} is of another version of this code: use that one, or another --out")
+            if self.world > 1:
+                steps = [None] * self.world
+                dist.all_gather_object(steps, state["count"]["step"] if state else None)
+                if len(set(steps)) > 1:
+                    raise ValueError(f"{out / file} is of steps {steps} as the processes see it: do they share a disk?")
         self._refuse_taken(out)
         return out, state
 
@@ -1550,32 +1569,49 @@ class Run:
             dist.barrier()                                            # all have looked at OUT before it changes
         if self.rank == 0:
             try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
                 while not (self.cfg.out or self.cfg.resume):          # a name of our choice: two runs never share one
                     with contextlib.suppress(FileExistsError):
-                        self.out.mkdir(parents=True)
+                        self.out.mkdir()
                         break
                     self.out = free_run(self.method)                  # another run was quicker
                     self.say(f"out: {self.out}")
+                (self.out / "last").mkdir(parents=True, exist_ok=True)
+                self._lock()
                 self._refuse_taken(self.out)
-                (self.out / "samples").mkdir(parents=True, exist_ok=True)
-                (self.out / "last").mkdir(exist_ok=True)
+                (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
                 raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
-            if not self.state:
-                settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
-                write_atomic(self.out / "config.json", settings.encode())
+            settings = {**dataclasses.asdict(self.cfg), "resume": False}                   # --steps as typed last
+            write_atomic(self.out / "config.json", f"{json.dumps(settings, indent=2)}\n".encode())
             for name in self.FILES:
-                with open(self.out / name, "ab") as f:
-                    if self.state and f.tell() < self.state["written"][name]:
+                with open(self.out / name, "ab+") as f:
+                    kept = self.state["written"][name] if self.state else 0
+                    if f.tell() < kept:
                         raise ValueError(f"{self.out / name} lacks rows from before the checkpoint: bring the file "
                                          f"back, or choose another --out")
-                    f.truncate(self.state["written"][name] if self.state else 0)
+                    f.seek(kept)
+                    rest = f.read()
+                    if self.state and b'"split": "test"' in rest:     # the run had ended: its scores stay, beside
+                        write_atomic(self.out / f"evals-{self.count['step']}.jsonl", rest)
+                    f.truncate(kept)
             times, kept = self.out / "times.jsonl", {}
             for row in times.read_text().splitlines() if times.exists() else []:
                 if row.endswith("}") and json.loads(row)["step"] <= self.count["step"]:
                     kept.setdefault(json.loads(row)["step"], row)
             times.write_text("".join(f"{row}\n" for row in kept.values()))
         self.out = self._agreed(self.out)
+
+    def _lock(self):
+        """Refuse OUT while another process writes there. The lock goes with this process, however it ends."""
+        self.lock = open(self.out / "last" / "lock", "ab")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{self.out} is another process's, which still runs: end that, or choose another --out"
+                             ) from None
+        except OSError:                                               # a file system without locks
+            pass
 
     def _agreed(self, out):
         """The first process's folder, on all of them."""
@@ -1664,7 +1700,7 @@ class Run:
 
     @torch.no_grad()
     def update(self, opt, params, max_norm, rate=None, skip_above=20.0):
-        """Sum the gradients over the processes in one all-reduce, clip their norm, take the step. Returns the norm.
+        """Sum the gradients over the processes in few all-reduces, clip their norm, take the step. Returns the norm.
 
         A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
         said, counted, and told by `skipped`. A spike counts as the limit in that median, so that a lasting rise is let
@@ -1674,15 +1710,17 @@ class Run:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         sharded = models.is_sharded(params)                           # FSDP2 has summed them already
         if self.world > 1 and not sharded:
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            grads = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+            for some in (grads[k:k + 64] for k in range(0, len(grads), 64)):               # all at once would be a copy
+                flat = torch.cat([g.flatten() for g in some])
+                dist.all_reduce(flat)
+                parts = flat.split([g.numel() for g in some])
+                torch._foreach_copy_(some, [part.view_as(g) for g, part in zip(some, parts)])
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(models.local(grads))))
         norm = (self.sum(norm.square()).sqrt() if sharded else norm).item()
         limit = skip_above * statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
         self.skipped = not math.isfinite(norm) or norm > limit
         if self.skipped:
-            self.count["skipped"] += 1
+            self.count["skipped"], self.in_a_row = self.count["skipped"] + 1, self.in_a_row + 1
             self.say(f"update {self.count['updates']} skipped: gradient norm {norm:.3g}, limit {limit:.3g}")
         else:
             torch._foreach_mul_(models.local(grads), min(1.0, max_norm / (norm + 1e-6)))
@@ -1691,6 +1729,10 @@ class Run:
             for p, g in zip(params, grads):
                 p.grad = g
             opt.step()
+            self.in_a_row = 0
+        if self.in_a_row >= 50:
+            raise ValueError(f"50 updates in a row were skipped, the last for a gradient norm of {norm:.3g}: try a "
+                             f"smaller --lr, or --dtype float32")
         if math.isfinite(norm) and norm > 0:                          # a median of 0 would skip all that follow
             self.norms = (self.norms + [min(norm, limit)])[-50:]
         opt.zero_grad(set_to_none=True)
@@ -1761,7 +1803,7 @@ class Run:
             import torch.distributed.checkpoint as dcp
             if name != self.shards:                                   # never over those that state.pt names
                 dcp.save(big, checkpoint_id=self.out / "last" / name)
-            self.shards, big = name, {"shards": name}
+            self.shards, big = name, {"shards": name, "stepped": bool(opt.state)}          # no moments before that
         if stream is not None:
             big["places"] = [stream.state()] * self.world
             if self.world > 1:
@@ -1789,7 +1831,7 @@ class Run:
         if "shards" in state:
             import torch.distributed.checkpoint as dcp
             opt.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                         for p in params}
+                         for p in params if state["stepped"]}
             big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
             dcp.load(big, checkpoint_id=self.out / "last" / state["shards"])
             state = {**state, **big}
@@ -2167,12 +2209,14 @@ def sheet(run, prompts, draw):
 
 def strip(folder):
     """All of a run's sheets, one under the other, as samples/strip.png."""
-    sheets = [Image.open(file) for file in sorted(folder.glob("[0-9]" * 6 + ".png"))]
+    sheets = sorted(folder.glob("[0-9]" * 6 + ".png"))
     if sheets:
-        height = sheets[0].height - HEADER
-        whole = Image.new("RGB", (sheets[0].width, HEADER + height * len(sheets)), "white")
-        for i, page in enumerate(sheets):
-            whole.paste(page.crop((0, HEADER if i else 0, *page.size)), (0, HEADER + height * i if i else 0))
+        with Image.open(sheets[0]) as page:
+            width, height = page.width, page.height - HEADER
+        whole = Image.new("RGB", (width, HEADER + height * len(sheets)), "white")
+        for i, file in enumerate(sheets):
+            with Image.open(file) as page:                            # one at a time: a process may open 1024
+                whole.paste(page.crop((0, HEADER if i else 0, *page.size)), (0, HEADER + height * i if i else 0))
         buffer = io.BytesIO()
         whole.save(buffer, "PNG")
         write_atomic(folder / "strip.png", buffer.getvalue())
@@ -2303,6 +2347,7 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
                 result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_also)
                 row[f"also_{when}"] = result["eval"]
                 found.append({**count, "split": "test", "guidance": cfg.cfg_also, **result})
+    run.log_evals(*found)
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
@@ -2315,7 +2360,6 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
         if run.rank == 0:
             picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
             strip(run.out / "samples")
-    run.log_evals(*found)
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +

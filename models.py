@@ -1587,7 +1587,8 @@ class TextToImage:
             return
         from tqdm import tqdm
         lengths = [tokenizer.length for tokenizer in self.tokenizers] + ([self.blank] if self.blank else [])
-        digest = hashlib.sha256(repr([self.family, lengths]).encode())
+        widths = [self.net.config.get(name) for name in ("joint_attention_dim", "clip_dim")]                # padded to
+        digest = hashlib.sha256(repr([self.family, lengths, widths]).encode())
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
             digest.update(repr((encoder.config, next(encoder.parameters()).dtype, tokenizer.core.to_str())).encode())
             for p in encoder.parameters():                            # a fingerprint: a few numbers of every tensor

@@ -227,6 +227,8 @@ def test_groups_and_processes(module, small, refused, monkeypatch):
 def test_combinations(small, refused):
     refused(dgpo, [*small, "--grid", "--schedule", "dpm", "--t-min", ".9999"], "--grid", "--t-min 0.9999")
     refused(grpo, [*small, "--updates", "2", "--groups", "3"], "--groups 3", "--updates 2")
+    refused(grpo, [*small, "--lora-rank", "2", "--lora-alpha", "0"], "--lora-alpha 0")
+    refused(dgpo, [*small, "--guidance", "4.5"], "--guidance 4.5 is told to FLUX.1-dev alone", "--cfg-rollout")
     refused(grpo, [*small, "--sde", "cps", "--sample-steps", "1", "--train-steps", "1"], "--sample-steps 1", "cps")
     refused(grpo, [*small, "--sde", "cps", "--noise-level", "1.5"], "--noise-level 1.5", "cps")
     for flag in ("--ref", "--rollout", "--clip-old"):
@@ -280,6 +282,29 @@ def test_two_runs_at_once_take_two_folders(module, small, capsys):
     assert (one.out.name, two.out.name) == (f"{module.__name__}-001", f"{module.__name__}-002")
     assert f"out: {two.out}" in capsys.readouterr().out
     assert all(json.loads((run.out / "config.json").read_text())["out"] == "" for run in (one, two))
+
+
+def test_a_link_to_nothing_is_no_free_folder(small):
+    """A scratch disk that is not there."""
+    Path("runs").mkdir()
+    Path("runs/dgpo-001").symlink_to("gone/dgpo-001")
+    run = data.Run(data.cli(dgpo.Config, dgpo.PRESETS, [*small, "--out", ""]), "dgpo")
+    run.begin()
+    assert run.out == Path("runs/dgpo-002") and (run.out / "config.json").is_file()
+
+
+@BOTH
+def test_a_folder_that_another_process_writes_is_refused(module, small, refused):
+    module.main(small)
+    before = snapshot("out")
+    hold = "import fcntl; f = open('out/last/lock', 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", f"{hold}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    refused(module, [*small, "--resume", "--steps", "2"], "out is another process's", "--out")
+    assert snapshot("out") == before
+    other.kill()                                                       # the lock goes with it
+    other.wait()
+    module.main([*small, "--resume", "--steps", "2"])
 
 
 @BOTH

@@ -201,8 +201,8 @@ def test_folders(tmp_path):
         assert same(take(rest, 12 - cut), whole[cut:]), cut
     both = [keys(Images([beside, str(table)], 16, r, 3, epochs=2)) for r in range(3)]
     assert sorted(sum(both, [])) == sorted(["00000/0", "00000/1", "0", "3"] * 2)
-    (table / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "zero"}\n["0.png"]\n')
-    with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
+    (table / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "zero"}\n\n["0.png"]\n')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 3"):
         Images(table, 16)
 
 

@@ -360,6 +360,11 @@ def test_resume_takes_what_is_not_typed_from_the_run(module, flags):
     assert same(state, other) and without_seconds(again) == without_seconds(rows)
     last, *_ = run(module, ["--out", "parts", "--resume", "--steps", "4", "--micro-batch", "4", "--offload"])
     assert last["steps"] == 4
+    last, *_ = run(module, ["--out", "parts", "--resume"])             # and what was typed then holds, too
+    assert last["steps"] == 4 and json.loads(Path("parts/config.json").read_text())["micro_batch"] == 4
+    for file, steps in (("evals-1.jsonl", 1), ("evals-3.jsonl", 3), ("evals.jsonl", 4)):   # scores at ends before that
+        tests = [row["step"] for row in map(json.loads, open(f"parts/{file}")) if row["split"] == "test"]
+        assert tests == [0, steps], file
 
 
 @BOTH
@@ -613,6 +618,24 @@ def test_a_spike_is_skipped_and_the_norm_is_clipped(flags):
         p.grad = torch.tensor([100.0, 0.0])
         run.update(opt, [p], 1.0)
     assert 5 < run.count["skipped"] - 3 < 40 and statistics.median(run.norms) == 100
+    with pytest.raises(ValueError, match="50 updates in a row were skipped, the last for a gradient norm of nan"):
+        for _ in range(60):
+            p.grad = torch.tensor([math.nan, 0.0])
+            run.update(opt, [p], 1.0)
+    assert run.in_a_row == 50
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(capsys):
+    """torchrun and job managers send SIGTERM twice, and a process that waits for its GPU handles both late."""
+    run = data.Run.__new__(data.Run)
+    run.stopping, run.rank = False, 0
+    for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        run._stop(name, None)
+    assert "stopping after this step" in capsys.readouterr().out
+    run.stopping -= 2                                                  # two seconds ago
+    run._stop(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        run._stop(signal.SIGINT, None)
 
 
 def test_grpo_says_that_another_policy_is_trained_than_sampled(flags, capsys):

@@ -430,6 +430,16 @@ def test_a_killed_writer_leaves_no_broken_file(saved, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(PROMPTS)
 
 
+def test_the_cache_is_of_one_width(saved, tmp_path):
+    """Features are padded to what the network reads, so another network's are others, with the same encoders."""
+    pipe = models.load(str(saved["sd3"][0]))
+    pipe.prepare([""], tmp_path)
+    other = models.load(str(saved["sd3"][0]))
+    other.net.config = {**other.net.config, "joint_attention_dim": 1 + other.net.config["joint_attention_dim"]}
+    other.prepare([], tmp_path)
+    assert other.folder != pipe.folder
+
+
 def test_a_damaged_file_of_the_cache_is_an_error_that_names_it(saved, tmp_path):
     pipe = models.load(str(saved["sd14"][0]))
     pipe.prepare(["a heart"], tmp_path)

@@ -141,6 +141,18 @@ def test_prompts_from_files(tmp_path):
         assert got == data.prompts(tmp_path / name, "test")
 
 
+@pytest.mark.parametrize("name, text, why", (
+    ("a.csv", "prompt\na dog\na cat, sleeping\n", "row 2 has more cells than the header"),
+    ("a.jsonl", '{"prompt": "a dog", "weight": "2"}', "row 1: a tag is a text, a weight a whole number"),
+    ("a.jsonl", '{"prompt": "a dog", "weight": 0}', "row 1: a tag is a text, a weight a whole number"),
+    ("a.jsonl", '{"prompt": "a dog", "tag": ["x"]}', "row 1: a tag is a text, a weight a whole number"),
+    ("a.json", r'["a dog", "a \ud83d"]', "row 2: half a character")))
+def test_rows_that_would_fail_late_are_refused(name, text, why, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*{why}"):
+        data.prompts(tmp_path / name, "train")
+
+
 def test_prompts_from_a_folder(tmp_path):
     """A file a split, by Flow-GRPO's names; validation prompts without a file of their own are held out of training."""
     rows = [json.dumps({"prompt": f"{i}", "tag": "x"}) for i in range(50)]
@@ -154,6 +166,10 @@ def test_prompts_from_a_folder(tmp_path):
     assert words("train") == [f"{i}" for i in range(50) if i % 20] and data.prompts(tmp_path, "train")[0]["tag"] == "x"
     (tmp_path / "val.json").write_text('["a cat"]')
     assert words("val") == ["a cat"] and len(words("train")) == 50
+    (tmp_path / "val.json").unlink()
+    (tmp_path / "train_metadata.jsonl").write_text("\n".join(rows * 3))                   # Flow-GRPO's repeat prompts
+    assert words("val") == ["0", "20", "40"] * 3 and not set(words("train")) & {"0", "20", "40"}
+    (tmp_path / "val.json").write_text('["a cat"]')
     (tmp_path / "train.csv").write_text("prompt\nx\n")
     with pytest.raises(ValueError, match="one file of train prompts.* train.csv and train_metadata.jsonl$"):
         words("train")
