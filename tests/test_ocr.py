@@ -133,18 +133,19 @@ def test_images_of_any_size(name, home, signs):
 
 @pytest.mark.parametrize("prompt, meta, target", [
     ('a sign, "Hello"', {}, "Hello"), ('"a" and "b"', {}, "a"), ("\u201cHi\u201d there", {}, "Hi"),
-    ('a sign, "Hello"', {"target": "Bye"}, "Bye"), ("no quotes", {"target": "Bye"}, "Bye")])
+    ('a sign, "Hello"', {"target": "Bye"}, "Bye"), ("no quotes", {"target": "Bye"}, "Bye"),
+    ("\u201cYou\u2019re next\u201d", {}, "You're next"), ("x", {"target": "You\u2019re"}, "You're")])
 def test_the_target(prompt, meta, target):
     assert rewards.ocr_target(prompt, meta) == target
 
 
 @EACH
-def test_a_prompt_that_asks_for_no_text_is_refused(name, home, signs, tmp_path, capsys):
+def test_a_prompt_that_asks_for_no_text_is_refused(name, home, signs, tmp_path, capsys, reward_file):
     for prompt, meta in (("a cat", {}), ('a "', {}), ('a ""', {}), ('a " "', {}), ('"a"', {"target": 7})):
         with pytest.raises(ValueError, match="between double quotes.*" + prompt[:2]):
             rewards.load(name)(signs[:1], [prompt], [meta])
         with pytest.raises(ValueError, match="between double quotes"):
-            rewards.check(rewards.load(f"shapes,{name}"), [{"prompt": 'a "b"'}, {"prompt": prompt, **meta}])
+            rewards.check(rewards.load(f"{reward_file}:red,{name}"), [{"prompt": 'a "b"'}, {"prompt": prompt, **meta}])
     rewards.check(rewards.load(name), [{"prompt": 'a "b"'}, {"prompt": "a", "target": "b"}])
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"file": "a.png", "prompt": "a cat"}))
@@ -162,6 +163,8 @@ def test_characters_that_an_engine_does_not_know_are_dropped_counted_and_said_on
     assert got.tolist() == [1, 1, 1] and reward.dropped == {"\u732b": 3, "\u00e9": 1}
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0 and "CRAFT + CRNN cannot read '\u732b'" in said and "Happy" in said
+    spaced = ["Happy\u00a0Garden", "Happy\nGarden", "Happy\u2003Garden"]               # of any kind: none counts
+    assert reward(signs[:1].expand(3, -1, -1, -1), ["x"] * 3, [{"target": t} for t in spaced]).tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="knows none of the characters"):
         reward(signs[:1], ['"\u732b \u732b"'], [{}])
     with pytest.raises(ValueError, match="knows none of the characters"):

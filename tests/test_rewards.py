@@ -424,7 +424,7 @@ def test_images_are_scored_on_the_rewards_own_device(tmp_path):
         assert score.rewards[f"{file}:where"].__globals__["seen"] == [device]
 
 
-def test_command_line(tmp_path, capsys, reward_file):
+def test_command_line(tmp_path, capsys, reward_file, monkeypatch):
     metas, images = scenes(5)
     rows = []
     for i, (meta, x) in enumerate(zip(metas, images)):
@@ -435,6 +435,15 @@ def test_command_line(tmp_path, capsys, reward_file):
     rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)])
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last == ["all", "5", "1.0000", "0"]
+    rewards.main(["--reward", "shapes-strict:2,shapes-soft:-1", "--images", str(tmp_path)])
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert said[0][-4:] == ["reward", "shapes-strict", "shapes-soft", "failed"]
+    total, strict, soft = map(float, said[-1][2:5])
+    assert strict == 1 and .99 < soft < 1 and total == pytest.approx(2 * strict - soft, abs=2e-4)
+    with open(tmp_path / "scores.csv") as f:
+        assert f.readline().strip() == 'file,prompt,"shapes-strict:2,shapes-soft:-1",shapes-strict,shapes-soft'
+    rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)])
+    capsys.readouterr()
     table = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [row["file"] for row in table] == [row["file"] for row in rows] and float(table[0]["shapes-strict"]) == 1
 
@@ -458,8 +467,15 @@ def test_command_line(tmp_path, capsys, reward_file):
     assert "9.png" in refused()
     listing.write_text(json.dumps({"file": "0.png", "prompt": "a photo of a ring"}))
     assert "cannot check" in refused()
+    monkeypatch.setattr(rewards, "_open", lambda path: pytest.fail("an image was read before all prompts were known"))
+    listing.write_text("\n".join(map(json.dumps, [*rows, {"file": "0.png", "prompt": "no shape"}])))
+    assert "cannot check" in refused()
+    monkeypatch.undo()
+    listing.write_text(json.dumps(rows[0]))
     (tmp_path / "0.png").write_text("no image")
     assert "0.png" in refused()
+    Image.new("1", (20000, 10000)).save(tmp_path / "0.png")
+    assert "cannot read the image" in refused()
     listing.write_text("{")
     assert "not a valid .jsonl" in refused()
 
@@ -474,6 +490,7 @@ def test_a_folder_without_a_listing(tmp_path, capsys):
     rewards.main(["--reward", f"{tmp_path}/mine.py:length", "--images", str(tmp_path), "--device", "cpu"])
     table = list(csv.reader((tmp_path / "scores.csv").open()))[1:]
     assert table == [["a.jpg", "a red ring", "10.00000"], ["b.PNG", "", "0.00000"], ["c.webp", "", "0.00000"]]
+    assert "2 of 3 images have no prompt" in capsys.readouterr().err
     for spec, lacks in (("shapes", "'include', the objects with their class.*prompts.jsonl"), ("ocr", "double quotes")):
         with pytest.raises(ValueError, match=lacks):
             rewards.score_folder(spec, tmp_path)
