@@ -1268,6 +1268,11 @@ def cli(config, presets, argv=None, defaults=None):
         fit = {"updates": math.gcd(full["updates"], full["groups"]),
                "train_steps": min(full["train_steps"], full["sample_steps"])}
         values |= {name: value for name, value in fit.items() if name not in given}
+        if values.get("gpu_memory") and "micro_batch" not in typed:    # the ratio wants the rollout's batches again
+            now = full | values
+            size, share = now["group_size"], now["groups"] // now["updates"] // int(os.environ.get("WORLD_SIZE", 1))
+            values["micro_batch"] = next(m for m in range(now["micro_batch"], 0, -1)
+                                         if size % m == 0 or m % size == 0 and share * size % m == 0)
     cfg = config(**values)
     if typed.get("fused"):
         from csrc import ops
@@ -1797,6 +1802,7 @@ class Run:
         into last/shards-STEP, which state.pt names when it is whole; any number of processes can read them again.
         """
         import models
+        from csrc import ops
         big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
         name = f"shards-{self.count['step']}" if models.is_sharded(params) else ""
         if name:
@@ -1814,7 +1820,7 @@ class Run:
                 with open(self.out / file, "ab") as f:
                     os.fsync(f.fileno())
                     written[file] = f.tell()
-            state = {**big, "count": self.count, "norms": self.norms, "written": written}
+            state = {**big, "count": self.count, "norms": self.norms, "written": written, "ops": ops.status()}
             write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
             if self.cfg.lora_rank:                                    # for trying it while the run goes on
                 with models.using(params, ema):
@@ -1827,14 +1833,17 @@ class Run:
         """Put the last checkpoint, if there is one, back in place."""
         if not self.state:
             return
+        from csrc import ops
         state = self.state
         if "shards" in state:
             import torch.distributed.checkpoint as dcp
             opt.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                         for p in params if state["stepped"]}
+                         for p in params if state.get("stepped", True)}
             big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
             dcp.load(big, checkpoint_id=self.out / "last" / state["shards"])
             state = {**state, **big}
+        if state.get("ops", ops.status()) != ops.status():
+            self.say(f"until here {state['ops']}, from here {ops.status()}: equal up to rounding, not bit for bit")
         restore(params, state["params"])
         restore(ema or [], state["ema"])
         opt.load_state_dict(state["opt"])
@@ -1885,7 +1894,11 @@ def check_ratio(run, differences, stop=True):
     one of a policy to itself; that is said in place of both.
     """
     cfg = run.cfg
-    worst = torch.cat(differences).expm1().abs().amax(0, keepdim=True)                   # NaN if any is
+    if stop and cfg.kl_beta and cfg.cfg_ref != cfg.cfg_train:
+        run.say(f"--cfg-ref {cfg.cfg_ref:g} is not --cfg-train {cfg.cfg_train:g}: the KL pulls the policy to another "
+                f"guidance scale, and is not 0 at the start")
+    none = torch.zeros(1, device=run.device)                           # a process may have no images in an update
+    worst = torch.cat([*differences, none]).expm1().abs().amax(0, keepdim=True)                   # NaN if any is
     worst, limit = run.gather(worst).max().item(), cfg.clip_range / 10
     if cfg.cfg_train != cfg.cfg_rollout:
         if stop:
@@ -1901,7 +1914,7 @@ def check_ratio(run, differences, stop=True):
                          f"tenth of --clip-range {cfg.clip_range}; use --dtype float32 or a wider clip")
     if not worst <= limit:
         run.say(f"in the update's own batches it is {worst:.1e}: the rounding of --dtype {cfg.dtype} takes part in "
-                f"the clip")
+                f"the clip; a --micro-batch that divides --group-size makes its batches the rollout's")
 
 
 def groups(metas, n, group_size, *key):
@@ -1935,7 +1948,7 @@ class Optimizers(list):
 
 def optimizer(cfg, net, params):
     """AdamW; or for cfg.optimizer "muon" Muon on the matrices and AdamW on the rest, at rates that go together."""
-    if cfg.optimizer == "adamw":
+    if cfg.optimizer == "adamw" or cfg.lora_rank:                      # Muon is for whole matrices
         return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     matrices = [p for p in params if p.ndim == 2]
     return Optimizers([torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay,

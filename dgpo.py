@@ -90,7 +90,7 @@ class Config:
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 0.05         # gradients are clipped to it, twice the usual norm here   [released code: 1]
-    micro_batch: int = 96               # images at once; rollouts take whole groups
+    micro_batch: int = 96               # images at once in the network; rewards see whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
     offload: bool = False               # the VAE waits on the CPU while the network works
@@ -125,9 +125,10 @@ class Config:
                              f"--clip-old is ema")
         if not 0 < self.hold_below <= 1:
             raise ValueError(f"--hold-below {self.hold_below}: above 0 and at most 1; --hold 0 turns it off")
-        if self.beta <= 0 or min(self.kl_beta, self.hold, self.clip_range) < 0 or self.timesteps < 1:
-            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta}, --hold {self.hold} and "
-                             f"--clip-range {self.clip_range} 0 or more, --timesteps {self.timesteps} 1 or more")
+        if self.beta <= 0 or min(self.kl_beta, self.hold, self.clip_range, self.ema_ramp) < 0 or self.timesteps < 1:
+            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta}, --hold {self.hold}, "
+                             f"--clip-range {self.clip_range} and --ema-ramp {self.ema_ramp} 0 or more, --timesteps "
+                             f"{self.timesteps} 1 or more")
 
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;
@@ -386,11 +387,13 @@ def rollout(pipe, prompts, ctx, null, cfg, step, group):
         return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
                           for g in range(count)])
     x = draw("start")
+    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(x), cfg.micro_batch)]    # several: G > micro_batch
     with models.merged(pipe.net, cfg.merge_lora):
         if not cfg.sde:
-            return ode(pipe.net, x, ts, ctx, null, cfg.cfg_rollout, pipe.solver(cfg.solver))
+            return torch.cat([ode(pipe.net, x[p], ts, [c[p] for c in ctx], null, cfg.cfg_rollout,
+                                  pipe.solver(cfg.solver)) for p in pieces])
         for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
-            v = guided(pipe.net, x, t, ctx, null, cfg.cfg_rollout)
+            v = torch.cat([guided(pipe.net, x[p], t, [c[p] for c in ctx], null, cfg.cfg_rollout) for p in pieces])
             if pipe.ddpm:
                 a, a_next = models.ALPHA_BAR[t], models.ALPHA_BAR[t_next]
                 take = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=cfg.noise_level)
@@ -485,7 +488,8 @@ def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
     below, log = min(cfg.hold_below, cfg.t_min), x_0.new_zeros(())
     low = t.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])
     low = (low * 1000).floor() if ddpm else low
-    for few in torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten().split(cfg.micro_batch):
+    every = torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten()      # images 0, 4, ... of each group; of pairs, 0
+    for few in every.split(cfg.micro_batch):
         error = hold_error(net, params, start, x_0[few], eps[few], low[few], [c[few] for c in ctx], null, cfg, ddpm)
         (cfg.hold * error.sum() / total).backward()
         log += error.detach().sum() / total
@@ -555,8 +559,11 @@ def train(cfg):
         x_0 = torch.cat(x_0)                                           # (B, C, H, W)
         # 2. Reward
         images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
+        looks = run.mean(data.image_stats(images, cfg.group_size))
+        del images                                                     # the update wants their memory
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
-        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
+        most = cfg.adv_clip if cfg.method == "dgpo" else math.inf      # a pair's order alone counts
+        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-most, most)      # Eq. (1)
         spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
         if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group
@@ -588,8 +595,7 @@ def train(cfg):
         loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm,
-               "stats": run.mean(data.image_stats(images, cfg.group_size)), "rewards": scoring.terms(),
-               "advantage": spread}
+               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= data.validate(sample, pipe, val, judges, cfg, run)

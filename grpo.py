@@ -78,7 +78,7 @@ class Config:
     lr: float = 5e-5                    # AdamW                                                    [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
     max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
-    micro_batch: int = 96               # images at once; rollouts take whole groups
+    micro_batch: int = 96               # images at once in the network; rewards see whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
     offload: bool = False               # the VAE waits on the CPU while the network works
@@ -423,9 +423,9 @@ def train(cfg):
         data.log_start(sample, pipe, val, judges, cfg, run)
     checked = False
 
-    def rescore(x, i, part, scale):
-        """Step i of stored trajectories x (T + 1, n, C, H, W) under the current weights: logp (n,), mean, std, v."""
-        v = guided(net, x[i], ts[i], part, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
+    def rescore(x, i, text, scale):
+        """Step i of stored x (T + 1, n, C, H, W), with their ctx, by the current weights: logp (n,), mean, std, v."""
+        v = guided(net, x[i], ts[i], text, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
@@ -433,7 +433,7 @@ def train(cfg):
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
-        x = images = logp_old = None                                   # frees the last rollout before the next is made
+        x = logp_old = None                                            # frees the last rollout before the next is made
         prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
@@ -454,6 +454,8 @@ def train(cfg):
         del parts                                                      # their trajectories live on in x alone
         # 2. Reward
         images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
+        looks = run.mean(data.image_stats(images, cfg.group_size))
+        del images                                                     # the update wants their memory
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
         spread = data.advantage_stats(reward, adv, cfg.group_size)
@@ -469,16 +471,16 @@ def train(cfg):
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
                     if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
-            most = -(-mine // cfg.updates) * cfg.group_size            # shards want as many passes on every process;
-            for k in range(0, most, cfg.micro_batch):                  # one that has no images left weighs 0
+            most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)     # shards want as many passes
+            for k in range(0, most, cfg.micro_batch):                  # on every process: without images they weigh 0
                 share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 some = turn[k:k + cfg.micro_batch] or [0]
-                part = [c[some] for c in ctx]
+                text = [c[some] for c in ctx]
                 for i in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
                         with torch.no_grad(), models.using(params, start):
-                            _, mean_ref, _, v_ref = rescore(x[:, some], i, part, cfg.cfg_ref)
-                    logp, mean, std, v = rescore(x[:, some], i, part, cfg.cfg_train)
+                            _, mean_ref, _, v_ref = rescore(x[:, some], i, text, cfg.cfg_ref)
+                    logp, mean, std, v = rescore(x[:, some], i, text, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
                     kl = torch.zeros_like(loss)
                     if cfg.kl_beta:
@@ -497,8 +499,7 @@ def train(cfg):
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": run.mean(data.image_stats(images, cfg.group_size)),
-               "rewards": scoring.terms(), "advantage": spread}
+               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= data.validate(sample, pipe, val, judges, cfg, run)

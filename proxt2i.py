@@ -110,7 +110,7 @@ class Config:
     lr: float = 2e-4                    # AdamW's; train, finetune: their --optimizer's, in TINY and PAPER
     weight_decay: float = 1e-4          # AdamW's; with Muon, that of the matrices alone
     max_grad_norm: float = 1.0          # gradients are clipped to it
-    micro_batch: int = 96               # images at once; rollouts take whole groups
+    micro_batch: int = 96               # images at once in the network; rewards see whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
     offload: bool = False               # the VAE waits on the CPU while the network works
@@ -155,6 +155,13 @@ class Config:
             raise ValueError(f"--sample-steps {self.sample_steps}: N steps have N - 1 that are Gaussian, so 2 or more")
         if min(self.train_steps, self.train_last) < 0:
             raise ValueError(f"--train-steps {self.train_steps} and --train-last {self.train_last}: 0 (all) or more")
+        if self.stage == "train" and self.lora_rank:
+            raise ValueError(f"--lora-rank {self.lora_rank}: train makes all weights anew: --lora-rank 0, or finetune")
+        for name in ("lora_rank", "compile", "fsdp", "merge_lora"):
+            if self.stage in ("sample", "compare") and getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for training: {self.stage} has no use for it")
+        if not all(math.isfinite(data.number(word)) for word in filter(None, self.compare_cfg.split(","))):
+            raise ValueError(f"--compare-cfg {self.compare_cfg!r}: guidance scales, a comma between, as 1,3")
         if self.fsdp and self.optimizer == "muon" and self.stage != "rl":
             raise ValueError("--optimizer muon looks at whole matrices, which --fsdp cuts: --optimizer adamw")
         if self.scheme == "pda":
@@ -651,9 +658,9 @@ def train_rl(cfg):
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     checked = False
 
-    def rescore(states, k, part, scale):
-        """Step k of stored chains (n + 1, b, C, H, W) under the current weights: logp (b,), mean, std."""
-        mean, std = kernel(cfg.method, answer_of(cfg.method, net, part, null, scale), states[n - k], k, n)
+    def rescore(states, k, text, scale):
+        """Step k of stored states (n + 1, b, C, H, W), with their ctx, by the current weights: logp (b,), mean, std."""
+        mean, std = kernel(cfg.method, answer_of(cfg.method, net, text, null, scale), states[n - k], k, n)
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std
 
@@ -677,6 +684,8 @@ def train_rl(cfg):
         trained = sorted(sorted(last, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
         images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
+        looks = run.mean(data.image_stats(images, cfg.group_size))
+        del images                                                     # the update wants their memory
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
         spread = data.advantage_stats(reward, adv, cfg.group_size)
@@ -692,32 +701,33 @@ def train_rl(cfg):
         for update in range(cfg.updates):
             turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
                     if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
+            # The number of steps whose last landing this update holds.
             m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
-            most = -(-mine // cfg.updates) * cfg.group_size            # shards want as many passes on every process;
-            for i in range(0, most, cfg.micro_batch):                  # one that has no images left weighs 0
+            most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)     # shards want as many passes
+            for i in range(0, most, cfg.micro_batch):                  # on every process: without images they weigh 0
                 share = len(turn[i:i + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 some = turn[i:i + cfg.micro_batch] or [0]
-                part = [c[some] for c in ctx]
+                text = [c[some] for c in ctx]
                 for k in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
                         with torch.no_grad(), models.using(params, start):
-                            _, mean_ref, _ = rescore(states[:, some], k, part, cfg.cfg_ref)
-                    logp, mean, std = rescore(states[:, some], k, part, cfg.cfg_train)
+                            _, mean_ref, _ = rescore(states[:, some], k, text, cfg.cfg_ref)
+                    logp, mean, std = rescore(states[:, some], k, text, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
                     kl = gaussian_kl(mean, mean_ref, std) if cfg.kl_beta else torch.zeros_like(loss)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-                if cfg.hold:                                           # Eq. (10), on a quarter of a group's images
-                    few = [j for j in turn[i:i + cfg.micro_batch] if j % cfg.group_size % HELD == 0]
-                    share = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
+                few = [j for j in turn[i:i + cfg.micro_batch] if j % cfg.group_size % HELD == 0]
+                if cfg.hold and (few or cfg.fsdp):                     # Eq. (10), on a quarter of a group's images
+                    weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
                     few = few or [0]
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
                     eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * mine * cfg.group_size + j, "hold",
                                                   device=run.device, dtype=states.dtype) for j in few])
                     held = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
-                    (cfg.hold * held * share).backward()
-                    logs[-1] += held.detach() * share
+                    (cfg.hold * held * weight).backward()
+                    logs[-1] += held.detach() * weight
             if not checked:                                            # and so must the update's own passes, in bf16
                 data.check_ratio(run, differences, stop=False)         # but to its precision
                 checked = True
@@ -729,8 +739,7 @@ def train_rl(cfg):
         loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": run.mean(data.image_stats(images, cfg.group_size)),
-               "rewards": scoring.terms(), "advantage": spread}
+               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
                 row |= data.validate(sample, pipe, val, judges, cfg, run)
@@ -753,6 +762,7 @@ def sample_stage(cfg):
     judges = rewards.judges(cfg, run.device)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
+    pipe.offload = cfg.offload
     check_model(cfg, pipe)
     if cfg.method == "prox":
         warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
@@ -788,6 +798,7 @@ def compare(cfg):
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:
         pipe = models.load(model, weights or None, models.DTYPES[cfg.dtype], run.device, init or None)
+        pipe.offload = cfg.offload
         method = "prox" if pipe.net.config.get("lam") else "score"
         one = replace(cfg, model=model, method=method, sampler="", eval_steps=min(steps))
         check_model(one, pipe)
@@ -838,6 +849,8 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     with data.exit_codes():
+        if any(word.split("=")[0] == "--stage" for word in argv):
+            raise ValueError(f"--stage is the command's first word: python proxt2i.py {', '.join(STAGES)}")
         data.choose("stage", stage, ("", *STAGES))
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
         if not stage and not cfg.resume and not {"--steps", "--minutes"} & {word.split("=")[0] for word in argv}:

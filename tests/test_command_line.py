@@ -228,6 +228,7 @@ def test_combinations(small, refused):
     refused(dgpo, [*small, "--grid", "--schedule", "dpm", "--t-min", ".9999"], "--grid", "--t-min 0.9999")
     refused(grpo, [*small, "--updates", "2", "--groups", "3"], "--groups 3", "--updates 2")
     refused(grpo, [*small, "--lora-rank", "2", "--lora-alpha", "0"], "--lora-alpha 0")
+    refused(dgpo, [*small, "--ema-ramp", "-1"], "--ema-ramp -1.0")
     refused(dgpo, [*small, "--guidance", "4.5"], "--guidance 4.5 is told to FLUX.1-dev alone", "--cfg-rollout")
     refused(grpo, [*small, "--sde", "cps", "--sample-steps", "1", "--train-steps", "1"], "--sample-steps 1", "cps")
     refused(grpo, [*small, "--sde", "cps", "--noise-level", "1.5"], "--noise-level 1.5", "cps")

@@ -646,6 +646,38 @@ def test_grpo_says_that_another_policy_is_trained_than_sampled(flags, capsys):
         assert out.count("|ratio - 1|") == 1 and said in out
 
 
+def test_grpo_says_that_the_reference_has_another_guidance(flags, capsys):
+    for settings, said in (({}, False), (dict(cfg_ref=3.0), False), (dict(kl_beta=.1), False),
+                           (dict(kl_beta=.1, cfg_ref=3.0), True)):
+        grpo.main(flags(out=str(settings), steps=1, **settings))
+        assert ("--cfg-ref 3 is not --cfg-train 1" in capsys.readouterr().out) == said
+
+
+def test_a_resume_by_other_ops_says_so(flags, capsys):
+    dgpo.main(flags(steps=1))
+    state = torch.load("out/last/state.pt", weights_only=True)
+    torch.save(state | {"ops": "fused ops: of another machine"}, "out/last/state.pt")
+    capsys.readouterr()
+    dgpo.main(flags(steps=2) + ["--resume"])
+    assert "until here fused ops: of another machine, from here fused ops: " in capsys.readouterr().out
+
+
+def test_no_pass_is_larger_than_the_micro_batch(flags, monkeypatch):
+    """Of the network, training and rolling out, even where a group is larger."""
+    sizes, forward = set(), models.MMDiT.forward
+    monkeypatch.setattr(models.MMDiT, "forward", lambda net, x, *args: sizes.add(len(x)) or forward(net, x, *args))
+    for module in (dgpo, grpo, slas):
+        for settings in {dgpo: (dict(), dict(sde=True)), grpo: (dict(),), slas: (dict(fisher_every=0),)}[module]:
+            sizes.clear()
+            run(module, flags(out=f"{module.__name__}{settings}", steps=1, group_size=5, micro_batch=2, **settings))
+            assert sizes == {1, 2}
+
+
+def test_pairs_are_chosen_before_advantages_are_cut(flags):
+    one, two = (run(dgpo, flags(out=f"{cut}", method="diffusion-dpo", adv_clip=cut))[2] for cut in (5.0, .1))
+    assert same(one["params"], two["params"])
+
+
 def test_grpo_refuses_ratios_that_are_off(flags, monkeypatch, capsys):
     """Log-probs that the same weights do not give again: the run must not start to learn from them."""
     honest = grpo.rollout

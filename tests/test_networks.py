@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.embeddings import apply_rotary_emb
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import models
 from models import VAE, Flux, MMDiT, T5Encoder, UNet, rotate
 
 LIBRARY = {Flux: FluxTransformer2DModel, UNet: UNet2DConditionModel, VAE: AutoencoderKL, T5Encoder: T5EncoderModel,
@@ -216,6 +218,14 @@ def test_in_bfloat16_a_network_is_as_exact_as_the_librarys(name, tmp_path):
     for our, their, best in zip(ours, outputs(theirs, *rounded), exact, strict=True):
         assert our.dtype == torch.bfloat16
         assert 0 < (our.double() - best).abs().mean() <= 2 * (their.double() - best).abs().mean()
+
+
+def test_attention_rounds_alike_with_gradients_and_without():
+    """In bf16 on a CPU: else a reference would not be the policy that it was copied from."""
+    q, k, v = (torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    plain, want = models.attend(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert torch.equal(models.attend(q.requires_grad_(), k, v), plain)
+    torch.testing.assert_close(plain.double(), want, rtol=2 ** -7, atol=2 ** -7)
 
 
 def gradients(net, args):

@@ -910,7 +910,18 @@ def test_gpu_memory_stands_between_the_preset_and_the_flags(module, monkeypatch)
         cfg = cli(module, "--model", name, "--gpu-memory", gigabytes)
         both = cfg.cfg_train != 1 and not getattr(cfg, "cfg_detach", False)
         plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, both, 4 * cfg.fsdp)
+        images = plan.pop("micro_batch")
         assert {key: getattr(cfg, key) for key in plan} == plan and cfg.gpu_memory == gigabytes
+        if module is dgpo:
+            assert cfg.micro_batch == images
+        else:                                                          # an update's batches are the rollout's again
+            mine, size, n = cfg.groups // 4, cfg.group_size, cfg.micro_batch
+            whole = max(1, n // size) * size                           # images of a rollout
+            batches = [min(n, whole - k) for k in range(0, whole, n)] if mine * size >= whole else []
+            updates = [[j for j in range(mine) if (rank * mine + j) % cfg.updates == update]
+                       for rank in range(4) for update in range(cfg.updates)]
+            batches += [min(n, len(turn) * size - k) for turn in updates for k in range(0, len(turn) * size, n)]
+            assert images / 2 < n <= images and set(batches) == {n}, (name, gigabytes, n, set(batches))
     cfg = cli(module, "--model", "sd35m", "--gpu-memory", 24, "--micro-batch", 3, "--no-checkpointing", "--no-offload")
     assert (cfg.micro_batch, cfg.checkpointing, cfg.offload) == (3, False, False)
     if module is not dgpo:                                             # guidance's two passes, or one of them

@@ -506,6 +506,14 @@ def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
     assert len(seen) == 2
 
 
+def test_finetuning_a_lora(fresh, tmp_path, capsys, monkeypatch):
+    """Its matrices are small, and AdamW's, whatever --optimizer says."""
+    monkeypatch.chdir(tmp_path)
+    run(["finetune", "--model", "tiny-prox", "--lora-rank", 2, "--batch", 4, "--steps", 1, "--out", "out", *SMALL],
+        capsys)
+    assert Path("out/lora.safetensors").is_file() and not Path("out/model").exists()
+
+
 def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     """One row of pictures for each evaluation, the first before training: the strip is all of them under one header."""
     monkeypatch.chdir(tmp_path)
@@ -525,6 +533,11 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["dance"], "dance"), (["rl", "--candidates", "4,x"], "4,x"), (["rl", "--sample-steps", 1], "2 or more"),
     (["rl", "--zeta", 0], "--zeta"), (["train", "--scheme", "pda"], "10 steps or more"),
     (["train", "--model", "tiny-prox", "--scheme", "pda", "--candidates", "10,25"], "2 steps of PDA"),
+    (["train", "--lora-rank", 4], "--lora-rank 4: train makes all weights anew"),
+    (["--stage", "train"], "--stage is the command's first word"), (["rl", "--stage=sample"], "--stage is the"),
+    (["compare", "--compile"], "--compile is for training"),
+    (["sample", "--lora-rank", 2], "--lora-rank is for training"),
+    (["compare", "--compare-cfg", "1,x"], "--compare-cfg '1,x'"),
     (["rl", "--scheme", "halfway"], "--scheme 'halfway' is unknown: hybrid, pda"),
     (["rl", "--sampler", "halfway"], "--sampler 'halfway' is unknown: hybrid, pda, sde, sde-mean, ode, dpm"),
     (["rl", "--method", "prox", "--model", "SCORE"], "lambda")), ids=str)
