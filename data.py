@@ -425,7 +425,7 @@ def prompts(spec, split):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
         if re.search("[\ud800-\udfff]", row["prompt"]):
-            raise ValueError(f"{path}: row {i}: half a character of two, which no tokenizer takes: {row['prompt']!a}")
+            raise ValueError(f"{path}: row {i}: half a character of two, which no tokenizer takes: {row['prompt']!a:.60}")
         weight = row.get("weight", 1)
         if not isinstance(row.get("tag"), str | None) or type(weight) is not int or weight < 1:
             raise ValueError(f"{path}: row {i}: a tag is a text, a weight a whole number from 1 on: {str(row)[:60]}")
@@ -1898,7 +1898,7 @@ def check_ratio(run, differences, stop=True):
         run.say(f"--cfg-ref {cfg.cfg_ref:g} is not --cfg-train {cfg.cfg_train:g}: the KL pulls the policy to another "
                 f"guidance scale, and is not 0 at the start")
     none = torch.zeros(1, device=run.device)                           # a process may have no images in an update
-    worst = torch.cat([*differences, none]).expm1().abs().amax(0, keepdim=True)                   # NaN if any is
+    worst = torch.cat([*differences, none]).expm1().abs().amax(0, keepdim=True)            # NaN if any is
     worst, limit = run.gather(worst).max().item(), cfg.clip_range / 10
     if cfg.cfg_train != cfg.cfg_rollout:
         if stop:
