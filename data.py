@@ -1897,7 +1897,7 @@ def check_ratio(run, differences, stop=True):
     if stop and cfg.kl_beta and cfg.cfg_ref != cfg.cfg_train:
         run.say(f"--cfg-ref {cfg.cfg_ref:g} is not --cfg-train {cfg.cfg_train:g}: the KL pulls the policy to another "
                 f"guidance scale, and is not 0 at the start")
-    none = torch.zeros(1, device=run.device)                           # a process may have no images in an update
+    none = torch.zeros(1, device=run.device, dtype=wide(cfg.dtype))    # a process may have no images in an update
     worst = torch.cat([*differences, none]).expm1().abs().amax(0, keepdim=True)            # NaN if any is
     worst, limit = run.gather(worst).max().item(), cfg.clip_range / 10
     if cfg.cfg_train != cfg.cfg_rollout:
