@@ -260,7 +260,7 @@ def test_killed_at_every_write_and_resumed(module, more, flags, monkeypatch):
     monkeypatch.setattr(os, "replace", bomb(replace))
     kills, line = 0, flags(out="killed", **settings)
     while True:                                                        # each life gets one write further than the last
-        left = kills // 2 + 1 if kills < 24 else 7 + kills % 8         # a first checkpoint is the writes 7 to 12
+        left = kills // 2 + 1 if kills < 24 else 11 + kills % 8        # a first checkpoint is the writes 7 to 12
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 module.main(line + ["--resume"] * (kills > 0 and Path("killed/config.json").exists()))

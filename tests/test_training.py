@@ -229,7 +229,8 @@ def test_shards_resume(two):
     assert distance(two["whole"], two["parts"]) < 1e-12
     assert 0 < distance(two["whole"], two["handed"]) < 1e-9
     for name, step in (("whole", 4), ("parts", 4), ("handed", 4), ("grpo shards", 2)):
-        assert sorted(path.name for path in (two[name].out / "last").iterdir()) == ["lock", f"shards-{step}", "state.pt"]
+        files = sorted(path.name for path in (two[name].out / "last").iterdir())
+        assert files == ["lock", f"shards-{step}", "state.pt"]
         assert two[name].state["count"]["step"] == step
 
 
