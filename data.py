@@ -1948,7 +1948,7 @@ class Optimizers(list):
 
 def optimizer(cfg, net, params):
     """AdamW; or for cfg.optimizer "muon" Muon on the matrices and AdamW on the rest, at rates that go together."""
-    if cfg.optimizer == "adamw" or cfg.lora_rank:                      # Muon is for whole matrices
+    if cfg.optimizer == "adamw" or getattr(cfg, "lora_rank", 0):       # Muon is for whole matrices
         return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     matrices = [p for p in params if p.ndim == 2]
     return Optimizers([torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay,
