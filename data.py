@@ -425,7 +425,7 @@ def prompts(spec, split):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
         if re.search("[\ud800-\udfff]", row["prompt"]):
-            raise ValueError(f"{path}: row {i}: half a character of two, which no tokenizer takes: {row['prompt']!a:.60}")
+            raise ValueError(f"{path}: row {i}: half of a surrogate pair, no character: {row['prompt']!a:.60}")
         weight = row.get("weight", 1)
         if not isinstance(row.get("tag"), str | None) or type(weight) is not int or weight < 1:
             raise ValueError(f"{path}: row {i}: a tag is a text, a weight a whole number from 1 on: {str(row)[:60]}")
@@ -1948,7 +1948,7 @@ class Optimizers(list):
 
 def optimizer(cfg, net, params):
     """AdamW; or for cfg.optimizer "muon" Muon on the matrices and AdamW on the rest, at rates that go together."""
-    if cfg.optimizer == "adamw" or getattr(cfg, "lora_rank", 0):       # Muon is for whole matrices
+    if cfg.optimizer == "adamw":
         return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=True)
     matrices = [p for p in params if p.ndim == 2]
     return Optimizers([torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay,

@@ -488,7 +488,7 @@ def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
     below, log = min(cfg.hold_below, cfg.t_min), x_0.new_zeros(())
     low = t.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])
     low = (low * 1000).floor() if ddpm else low
-    every = torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten()      # images 0, 4, ... of each group; of pairs, 0
+    every = torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten()      # images 0, 4, ... of each group; a pair's best
     for few in every.split(cfg.micro_batch):
         error = hold_error(net, params, start, x_0[few], eps[few], low[few], [c[few] for c in ctx], null, cfg, ddpm)
         (cfg.hold * error.sum() / total).backward()
@@ -562,8 +562,8 @@ def train(cfg):
         looks = run.mean(data.image_stats(images, cfg.group_size))
         del images                                                     # the update wants their memory
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
-        most = cfg.adv_clip if cfg.method == "dgpo" else math.inf      # a pair's order alone counts
-        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-most, most)      # Eq. (1)
+        cut = cfg.adv_clip if cfg.method == "dgpo" else math.inf       # of pairs only the order counts
+        adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cut, cut)        # Eq. (1)
         spread = data.advantage_stats(reward, adv, cfg.group_size)
         adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
         if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group

@@ -424,7 +424,7 @@ def train(cfg):
     checked = False
 
     def rescore(x, i, text, scale):
-        """Step i of stored x (T + 1, n, C, H, W), with their ctx, by the current weights: logp (n,), mean, std, v."""
+        """Step i of stored x (T + 1, n, C, H, W), text: their ctx, by the weights of now: logp (n,), mean, std, v."""
         v = guided(net, x[i], ts[i], text, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v

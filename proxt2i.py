@@ -162,8 +162,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is for training: {self.stage} has no use for it")
         if not all(math.isfinite(data.number(word)) for word in filter(None, self.compare_cfg.split(","))):
             raise ValueError(f"--compare-cfg {self.compare_cfg!r}: guidance scales, a comma between, as 1,3")
-        if self.fsdp and self.optimizer == "muon" and self.stage != "rl":
-            raise ValueError("--optimizer muon looks at whole matrices, which --fsdp cuts: --optimizer adamw")
+        if (self.fsdp or self.lora_rank) and self.optimizer == "muon" and self.stage in ("train", "finetune"):
+            raise ValueError("--optimizer muon is for whole matrices, not for shards or a LoRA: --optimizer adamw")
         if self.scheme == "pda":
             for n in data.counts("candidates", self.candidates):
                 pda_lambdas(n)
@@ -659,7 +659,7 @@ def train_rl(cfg):
     checked = False
 
     def rescore(states, k, text, scale):
-        """Step k of stored states (n + 1, b, C, H, W), with their ctx, by the current weights: logp (b,), mean, std."""
+        """Step k of stored states (n + 1, b, C, H, W), text: their ctx, by the weights of now: logp (b,), mean, std."""
         mean, std = kernel(cfg.method, answer_of(cfg.method, net, text, null, scale), states[n - k], k, n)
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std

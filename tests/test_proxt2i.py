@@ -507,10 +507,9 @@ def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
 
 
 def test_finetuning_a_lora(fresh, tmp_path, capsys, monkeypatch):
-    """Its matrices are small, and AdamW's, whatever --optimizer says."""
     monkeypatch.chdir(tmp_path)
-    run(["finetune", "--model", "tiny-prox", "--lora-rank", 2, "--batch", 4, "--steps", 1, "--out", "out", *SMALL],
-        capsys)
+    run(["finetune", "--model", "tiny-prox", "--lora-rank", 2, "--optimizer", "adamw", "--batch", 4, "--steps", 1,
+         "--out", "out", *SMALL], capsys)
     assert Path("out/lora.safetensors").is_file() and not Path("out/model").exists()
 
 
@@ -534,6 +533,7 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["rl", "--zeta", 0], "--zeta"), (["train", "--scheme", "pda"], "10 steps or more"),
     (["train", "--model", "tiny-prox", "--scheme", "pda", "--candidates", "10,25"], "2 steps of PDA"),
     (["train", "--lora-rank", 4], "--lora-rank 4: train makes all weights anew"),
+    (["finetune", "--lora-rank", 4], "--optimizer adamw"),
     (["--stage", "train"], "--stage is the command's first word"), (["rl", "--stage=sample"], "--stage is the"),
     (["compare", "--compile"], "--compile is for training"),
     (["sample", "--lora-rank", 2], "--lora-rank is for training"),

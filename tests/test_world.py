@@ -146,7 +146,7 @@ def test_prompts_from_files(tmp_path):
     ("a.jsonl", '{"prompt": "a dog", "weight": "2"}', "row 1: a tag is a text, a weight a whole number"),
     ("a.jsonl", '{"prompt": "a dog", "weight": 0}', "row 1: a tag is a text, a weight a whole number"),
     ("a.jsonl", '{"prompt": "a dog", "tag": ["x"]}', "row 1: a tag is a text, a weight a whole number"),
-    ("a.json", r'["a dog", "a \ud83d"]', "row 2: half a character")))
+    ("a.json", r'["a dog", "a \ud83d"]', "row 2: half of a surrogate pair")))
 def test_rows_that_would_fail_late_are_refused(name, text, why, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name}.*{why}"):
