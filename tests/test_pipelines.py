@@ -906,7 +906,7 @@ def test_parameter_count_is_the_networks(family, saved, copy):
 @BOTH
 def test_gpu_memory_stands_between_the_preset_and_the_flags(module, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for name, gigabytes in (("sd35m", 24), ("sd35m", 80), ("sd14", 24), ("flux", 141)):
+    for name, gigabytes in (("sd35m", 24), ("sd35m", 48), ("sd35m", 80), ("sd14", 24), ("sd14", 141), ("flux", 141)):
         cfg = cli(module, "--model", name, "--gpu-memory", gigabytes)
         both = cfg.cfg_train != 1 and not getattr(cfg, "cfg_detach", False)
         plan = models.memory_plan(models.family(name), gigabytes, cfg.lora_rank, both, 4 * cfg.fsdp)
