@@ -2126,8 +2126,9 @@ class PPOCR:
         good = size.amin(1) >= 3
         b, centre, size, axes = b[good], centre[good], size[good], axes[good]
         sure = [crop(p[i, None], box, 16, 64).mean() for i, box in zip(b.tolist(), corners(centre, size, axes))]
+        sure = torch.stack(sure) if sure else size.new_zeros(0)        # (K,)
         size = size + self.UNCLIP * size.prod(1, keepdim=True) / size.sum(1, keepdim=True)             # d each side
-        good = (torch.tensor(sure, device=b.device) >= self.SURE) & (size.amin(1) >= 5)
+        good = (sure >= self.SURE) & (size.amin(1) >= 5)
         scale = images.new_tensor(images.shape[:1:-1]) / images.new_tensor(small.shape[:1:-1])
         box = corners(centre, size, axes) * scale
         return [self.in_order(box[good & (b == i)]) for i in range(len(images))]
