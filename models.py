@@ -151,7 +151,7 @@ def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
     def rename(key):
         return key if key in want else cls.rename(key)                # old names of the same tensors
     tensors = read_tensors(weight_files(directory), want, rename, cls.ignore)
-    net.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}, assign=True)
+    net.load_state_dict({name: tensor.to(device, copy=True).to(dtype) for name, tensor in tensors}, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -357,7 +357,8 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"{h} x {w} patches do not fit the position table of {self.max_size} x {self.max_size}")
         top, left = (self.max_size - h) // 2, (self.max_size - w) // 2
         table = self.pos_embed.view(self.max_size, self.max_size, -1)[top:top + h, left:left + w]
-        return self.proj(x).flatten(2).transpose(1, 2) + table.reshape(1, h * w, -1).to(x.dtype)     # (B, N, D)
+        x = self.proj(x).flatten(2).transpose(1, 2).contiguous()      # sums keep the layout, through all blocks
+        return x + table.reshape(1, h * w, -1).to(x.dtype)                                # (B, N, D)
 
 
 class MMDiTBlock(nn.Module):
@@ -645,7 +646,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, context):
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)                        # (B, H W, D)
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()           # (B, H W, D)
         y = self.transformer_blocks[0](y, context)
         return x + self.proj_out(y.transpose(1, 2).view_as(x))
 
@@ -922,7 +923,7 @@ class UViT(nn.Module):
             raise ValueError(f"{file}: {wrong[0]} is {theirs.get(wrong[0], 'missing')} there and "
                              f"{ours.get(wrong[0], 'missing')} in the network, {len(wrong)} such tensors in all: the "
                              f"file belongs to another configuration")
-        net.load_state_dict({key: tensor.to(device, dtype, copy=True) for key, tensor in state.items()}, assign=True)
+        net.load_state_dict({key: tensor.to(device, copy=True).to(dtype) for key, tensor in state.items()}, assign=True)
         return net.eval().requires_grad_(False)
 
 
@@ -1222,7 +1223,8 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids):
         table = self.encoder.block[0].layer[0]["SelfAttention"].relative_attention_bias
-        bias = table(self.bucket(ids.shape[1], ids.device)).permute(2, 0, 1)[None]       # (1, heads, L, L), for all
+        bias = table(self.bucket(ids.shape[1], ids.device)).permute(2, 0, 1)[None]       # (1, heads, L, L), for all;
+        bias = bias.contiguous()                                                         # else no fused kernel on CUDA
         x = self.shared(ids)                                                             # (B, L, D)
         for layer in self.encoder.block:
             x = layer(x, bias)
@@ -1441,7 +1443,7 @@ def from_single_file(cls, file, config, dtype=torch.float32, device="cpu", prefi
         if names[key][0].rpartition(".")[0] in swapped:
             tensor = tensor.roll(len(tensor) // 2, dims=0)            # (shift, scale) -> (scale, shift)
         for name, part in zip(names[key], tensor.split([len(ours[name]) for name in names[key]])):
-            state[name] = part.view(ours[name].shape).to(device, dtype, copy=True)
+            state[name] = part.view(ours[name].shape).to(device, copy=True).to(dtype)
     net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
@@ -2019,7 +2021,7 @@ class LoRALinear(nn.Linear):
         if self.lora_merged:                                           # compiled blocks look at this: one graph each
             return super().forward(x)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return super().forward(x) + self.lora_scale * F.linear(F.linear(x, a), b)
+        return super().forward(x) + F.linear(self.lora_scale * F.linear(x, a), b)
 
 
 def lora_layers(net):
