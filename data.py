@@ -1978,7 +1978,7 @@ class WorldStream:
 
 
 class ImageStream:
-    """The same of image files, `Images`, or of a folder of latents and text features, `Cached`.
+    """The same of image files, `Images`, or of a folder of latents and text features, `Cached`: one batch ahead, too.
 
     Raises ValueError where the data set ends, so for one that holds no image.
     """
@@ -1986,14 +1986,26 @@ class ImageStream:
     def __init__(self, spec, size, rank, world, batch, seed):
         self.cached = (pathlib.Path(spec) / "index.json").is_file()
         self.source = Cached(spec, rank, world, seed) if self.cached else Images(spec, size, rank, world, seed)
-        self.name, self.batch, self.batches, self.state = spec, batch, None, self.source.state
+        self.name, self.batch, self.at = spec, batch, self.source.state()
+        self.reader, self.ahead = ThreadPoolExecutor(1), None
+
+    def _read(self):
+        return next(self.batches), self.source.state()                # and the place after it
 
     def __call__(self, step):
-        self.batches = self.batches or self.source.batches(self.batch)
-        return next(self.batches)
+        if self.ahead is None:
+            self.batches = self.source.batches(self.batch)
+            self.ahead = self.reader.submit(self._read)
+        batch, self.at = self.ahead.result()
+        self.ahead = self.reader.submit(self._read)
+        return batch
+
+    def state(self):
+        return self.at                                                 # of the batch that was given out last
 
     def restore(self, state):
         self.source.restore(state)
+        self.at = state
 
 
 def training_stream(spec, size, rank, world, batch, seed):
