@@ -1357,8 +1357,12 @@ def check_device(name, device):
         raise ValueError(f"{flag}: PyTorch {torch.__version__} can use {found} GPU(s) on this machine")
 
 
-def check_common(cfg):
-    """The command-line rules that all methods share. Raises ValueError with the value, the reason and what to type."""
+def check(cfg, words, least, positive):
+    """The command-line rules that all methods share, and the ranges of a method's own flags.
+
+    words: {field: what it may be}; least: {field: the least number}; positive: fields above 0. Raises ValueError with
+    the value, the reason and what to type.
+    """
     import models
     exact = "shapes-strict" if cfg.prompts == "shapes" else ""        # the only prompts that it can check
     cfg.eval_reward, cfg.gold_reward = cfg.eval_reward or exact or cfg.reward, cfg.gold_reward or exact
@@ -1369,23 +1373,29 @@ def check_common(cfg):
         raise ValueError(f"--groups {cfg.groups} cannot be shared out over {world} processes: a group stays on one, "
                          f"since its images are compared with each other. Try --groups "
                          f"{max(1, -(-cfg.groups // world)) * world}.")
-    least = {name: 1 for name in ("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every")}
+    least = least | dict.fromkeys(("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every"), 1)
     least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
     least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level",
                                    "shift", "text_length")}
     for name, low in least.items():
         if not getattr(cfg, name, low) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {low} or more")
-    for name in ("lr", "minutes", "max_grad_norm", "adv_clip", "lora_alpha"):
+    for name in ("lr", "minutes", "max_grad_norm", "adv_clip", "lora_alpha", *positive):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: more than 0")
+    if hasattr(cfg, "train_steps") and cfg.groups % cfg.updates:      # policy gradients: disjoint groups an update
+        raise ValueError(f"--groups {cfg.groups} cannot be split into --updates {cfg.updates} equal parts")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"--ema {cfg.ema}: 0 or more and less than 1")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     check_device("reward_device", cfg.reward_device)
-    choose("dtype", cfg.dtype, ("float32", "bfloat16", "float64"))
-    choose("reward_dtype", cfg.reward_dtype, ("float32", "bfloat16"))
-    choose("init", cfg.init, ("", "random"))
+    words = words | dict(dtype=("float32", "bfloat16", "float64"), reward_dtype=("float32", "bfloat16"),
+                         init=("", "random"), schedule=("", "linear", "sd3", "dpm", "ddim"),
+                         solver=("", "euler", "dpm", "ddim"))
+    for name, options in words.items():
+        choose(name, getattr(cfg, name, ""), options)
     alone = "WORLD_SIZE" not in os.environ and (cfg.init or models.locate(cfg.model, cfg.weights or None)[1].is_dir())
     if cfg.fsdp and (cfg.lora_rank or alone):                         # no weights yet: models.load says how to get them
         raise ValueError("--fsdp, which a preset may set, cuts all weights into shards, one a process: it wants "

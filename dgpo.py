@@ -111,24 +111,15 @@ class Config:
     fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
 
     def __post_init__(self):
-        data.check_common(self)
-        for name, options in dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
-                                  clip_old=("rollout", "ema"), ref=("start", "ema", "old"), kl_ref=("ref", "start"),
-                                  schedule=("", "linear", "sd3", "dpm", "ddim"),
-                                  solver=("", "euler", "dpm", "ddim"), adv_std=("group", "batch", "none"),
-                                  rollout=("current", "ema", "start")).items():
-            data.choose(name, getattr(self, name), options)
-        if not 0 <= self.t_min < 1:
-            raise ValueError(f"--t-min {self.t_min}: 0 or more and less than 1")
-        if not 0 <= self.ema < 1 or (self.ema == 0 and "ema" in (self.ref, self.rollout, self.clip_old)):
-            raise ValueError(f"--ema {self.ema}: 0 or more, less than 1, and above 0 where --ref, --rollout or "
-                             f"--clip-old is ema")
-        if not 0 < self.hold_below <= 1:
-            raise ValueError(f"--hold-below {self.hold_below}: above 0 and at most 1; --hold 0 turns it off")
-        if self.beta <= 0 or min(self.kl_beta, self.hold, self.clip_range, self.ema_ramp) < 0 or self.timesteps < 1:
-            raise ValueError(f"--beta {self.beta} must be above 0, --kl-beta {self.kl_beta}, --hold {self.hold}, "
-                             f"--clip-range {self.clip_range} and --ema-ramp {self.ema_ramp} 0 or more, --timesteps "
-                             f"{self.timesteps} 1 or more")
+        data.check(self, words=dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
+                                    ref=("start", "ema", "old"), kl_ref=("ref", "start"), clip_old=("rollout", "ema"),
+                                    rollout=("current", "ema", "start"), adv_std=("group", "batch", "none")),
+                   least=dict(timesteps=1, clip_range=0, ema_ramp=0, kl_beta=0, hold=0),
+                   positive=("beta", "hold_below"))
+        if not 0 <= self.t_min < 1 or self.hold_below > 1:
+            raise ValueError(f"--t-min {self.t_min}: 0 or more, less than 1; --hold-below {self.hold_below}: at most 1")
+        if not self.ema and "ema" in (self.ref, self.rollout, self.clip_old):
+            raise ValueError("--ema 0: --ref, --rollout and --clip-old ema want a moving average")
 
 
 RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",        # the released GenEval run, SD3.5-M;

@@ -130,31 +130,22 @@ class Config:
     fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
 
     def __post_init__(self):
-        data.check_common(self)
-        for name, options in dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
-                                  predict=("noise", "v"), sampler=("", *SAMPLERS), zeta_space=("residual", "x"),
-                                  optimizer=("muon", "adamw"), adv_std=("group", "batch", "none")).items():
-            data.choose(name, getattr(self, name), options)
+        data.check(self, words=dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
+                                    predict=("noise", "v"), sampler=("", *SAMPLERS), zeta_space=("residual", "x"),
+                                    optimizer=("muon", "adamw"), adv_std=("group", "batch", "none")),
+                   least=dict(zeta_start=0, drop=0, warmup=0, cooldown=0, kl_beta=0, hold=0, train_steps=0,
+                              train_last=0, batch=1), positive=("zeta", "clip_range"))
         for name in ("candidates", "compare_steps"):
             data.counts(name, getattr(self, name))
-        if not 0 <= self.ema < 1 or not 0 <= self.drop < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.cooldown <= 1:
-            raise ValueError(f"--ema {self.ema} and --drop {self.drop}: 0 or more and less than 1; --warmup "
-                             f"{self.warmup} and --cooldown {self.cooldown}: between 0 and 1")
-        if self.zeta <= 0 or self.clip_range <= 0 or self.batch < 1 or min(
-                self.zeta_start, self.kl_beta, self.hold) < 0:
-            raise ValueError(f"--zeta {self.zeta} and --clip-range {self.clip_range} must be above 0, --zeta-start "
-                             f"{self.zeta_start}, --kl-beta {self.kl_beta} and --hold {self.hold} 0 or more, --batch "
-                             f"{self.batch} positive")
+        if self.drop >= 1 or max(self.warmup, self.cooldown) > 1:
+            raise ValueError(f"--drop {self.drop}: less than 1; --warmup {self.warmup}, --cooldown {self.cooldown}: at "
+                             f"most 1")
         world = int(os.environ.get("WORLD_SIZE", 1))
         if self.stage in ("train", "finetune") and self.batch % world:
             raise ValueError(f"--batch {self.batch} cannot be shared out over {world} processes: try --batch "
                              f"{-(-self.batch // world) * world}")
-        if self.groups % self.updates:
-            raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if self.stage == "rl" and not 2 <= self.sample_steps:
             raise ValueError(f"--sample-steps {self.sample_steps}: N steps have N - 1 that are Gaussian, so 2 or more")
-        if min(self.train_steps, self.train_last) < 0:
-            raise ValueError(f"--train-steps {self.train_steps} and --train-last {self.train_last}: 0 (all) or more")
         if self.stage == "train" and self.lora_rank:
             raise ValueError(f"--lora-rank {self.lora_rank}: train makes all weights anew: --lora-rank 0, or finetune")
         for name in ("lora_rank", "compile", "fsdp", "merge_lora"):

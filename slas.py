@@ -116,35 +116,24 @@ class Config:
     fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
 
     def __post_init__(self):
-        data.check_common(self)
-        for name, options in dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
-                                  schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"),
-                                  kl_form=("flow-grpo", "gaussian", "velocity"),
-                                  adv_std=("", "batch", "before", "after", "none")).items():
-            data.choose(name, getattr(self, name), options)
-        if not 0 <= self.ema < 1 or self.ema_every < 1:
-            raise ValueError(f"--ema {self.ema}: 0 or more and less than 1; --ema-every {self.ema_every}: 1 or more")
+        data.check(self, words=dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
+                                    kl_form=("flow-grpo", "gaussian", "velocity"),
+                                    adv_std=("", "batch", "before", "after", "none")),
+                   least=dict(kl_beta=0, ema_every=1, fisher_every=0, fisher_images=1),
+                   positive=("noise_level", "clip_range", "kl_budget"))
         if self.gamma != "auto" and not 0 <= data.number(self.gamma) < math.inf:
             raise ValueError(f"--gamma {self.gamma}: a number such as 0.5, 0 or more, or auto")
-        if self.kl_budget <= 0 or self.fisher_every < 0 or self.fisher_images < 1:
-            raise ValueError(f"--kl-budget {self.kl_budget} must be above 0, --fisher-every {self.fisher_every} 0 or "
-                             f"more, --fisher-images {self.fisher_images} 1 or more")
         if self.fisher_every and (self.fsdp or self.compile):
             raise ValueError("--fsdp and --compile give no second derivatives: --fisher-every 0, and a --gamma by hand")
         self.adv_std = self.adv_std or ("before" if self.gamma == "auto" else "batch")       # as (7) bounds E|dr|
         if self.gamma == "auto" and (not self.fisher_every or self.adv_std != "before"):
             raise ValueError("--gamma auto wants --fisher-every above 0 and --adv-std before, or (7) holds no gamma")
-        if self.noise_level <= 0 or self.clip_range <= 0 or self.kl_beta < 0:
-            raise ValueError(f"--noise-level {self.noise_level} and --clip-range {self.clip_range} must be above 0, "
-                             f"--kl-beta {self.kl_beta} 0 or more")
         if self.method == "dance" and self.kl_beta:
             raise ValueError(f"--method dance has no KL: --kl-beta {self.kl_beta} is Flow-GRPO's, --method flow")
         if self.sde == "cps" and self.sample_steps == 1:
             raise ValueError("--sample-steps 1: the last step of --sde cps has no noise, so there is nothing to learn")
         if self.sde == "cps" and self.noise_level > 1:
             raise ValueError(f"--noise-level {self.noise_level}: --sde cps takes 0 to 1, at which all noise is new")
-        if self.groups % self.updates:
-            raise ValueError(f"--groups {self.groups} cannot be split into --updates {self.updates} equal parts")
         if not 0 <= self.window <= self.sample_steps or not 0 <= self.train_steps <= self.sample_steps:
             raise ValueError(f"--window {self.window} and --train-steps {self.train_steps}: between 0 (all) and "
                              f"--sample-steps {self.sample_steps}")
