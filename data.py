@@ -1404,6 +1404,29 @@ def check(cfg, words, least, positive):
         raise ValueError("--fsdp and --compile together are untested: choose one of them")
 
 
+def load_judges(cfg, run):
+    """What a run is judged by: run.judges, --eval-reward and --gold-reward, and the prompts run.val and run.test."""
+    import rewards
+    run.judges = rewards.judges(cfg, run.device)
+    val, test = (prompts(cfg.prompts, split) for split in ("val", "test"))
+    run.val, run.test = draw_prompts(val, cfg.val_images, "val"), draw_prompts(test, cfg.eval_images, "test")
+
+
+def load_inputs(cfg, run):
+    """What RL learns from, a Scoring of --reward and the rows of the training prompts; and what the run is judged by.
+
+    Called before the network is loaded, of which it only sees to it that it is there: what is wrong shows at once.
+    """
+    import models
+    import rewards
+    models.find(cfg.model, cfg.weights or None, cfg.init or None)
+    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    rows = prompts(cfg.prompts, "train")
+    load_judges(cfg, run)
+    rewards.check(score, rows)
+    return Scoring(run, score), rows
+
+
 def load_policy(cfg, run, fresh=False):
     """The pipeline of a run and its trained parameters: a LoRA's, or all of the network's in float32.
 
@@ -2335,24 +2358,24 @@ def evaluate(sample, pipe, rows, judges, cfg, run, scale):
     return verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
-def validate(sample, pipe, val, judges, cfg, run):
+def validate(sample, pipe, cfg, run):
     """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
     with run.uncounted():
-        sheet(run, [row["prompt"] for row in val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-        row = evaluate(sample, pipe, val, judges, cfg, run, cfg.cfg_eval)
+        sheet(run, [row["prompt"] for row in run.val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
+        row = evaluate(sample, pipe, run.val, run.judges, cfg, run, cfg.cfg_eval)
     run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
     return row
 
 
-def log_start(sample, pipe, val, judges, cfg, run):
+def log_start(sample, pipe, cfg, run):
     """The first row of a new run's evals.jsonl: the score before training."""
     if cfg.eval_every:
-        row = validate(sample, pipe, val, judges, cfg, run)
-        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(val)} validation images, guidance "
+        row = validate(sample, pipe, cfg, run)
+        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(run.val)} validation images, guidance "
                 f"{cfg.cfg_eval:g}")
 
 
-def finish(run, pipe, params, start, trained, rows, judges, sample):
+def finish(run, pipe, params, start, trained, sample):
     """End a run: write the weights, evaluate before and after on test prompts, draw both, print the final JSON line.
 
     The weights come first: torchrun kills a process 30 s after Ctrl-C (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
@@ -2361,7 +2384,7 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
     sample: as evaluate takes it. The second guidance scale, cfg_also, is evaluated for both.
     """
     import models
-    cfg, seconds = run.cfg, time.time() - run.start
+    cfg, rows, seconds = run.cfg, run.test, time.time() - run.start
     if run.rank == 0 or cfg.fsdp:                                     # shards: every process takes part
         with models.using(params, trained):
             if cfg.lora_rank:
@@ -2374,12 +2397,12 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
     row, tags, found = {}, {}, []
     for when, weights, count in (("before", start, dict.fromkeys(run.count, 0)), ("after", trained, run.count)):
         with models.using(params, weights):
-            result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
+            result = evaluate(sample, pipe, rows, run.judges, cfg, run, cfg.cfg_eval)
             tags[when] = result["tags"]
             row |= {f"{key}_{when}": result[key] for key in ("eval", "eval_gold") if key in result}
             found.append({**count, "split": "test", "guidance": cfg.cfg_eval, **result})
             if cfg.cfg_also:
-                result = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_also)
+                result = evaluate(sample, pipe, rows, run.judges, cfg, run, cfg.cfg_also)
                 row[f"also_{when}"] = result["eval"]
                 found.append({**count, "split": "test", "guidance": cfg.cfg_also, **result})
     run.log_evals(*found)
@@ -2400,7 +2423,7 @@ def finish(run, pipe, params, start, trained, rows, judges, sample):
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +
             (f"\n{cfg.cfg_also:>10g} {row['also_before']:>8.3f} {row['also_after']:>8.3f}" if cfg.cfg_also else "") +
             (f"\n{'gold':>10} {row['eval_gold_before']:>8.3f} {row['eval_gold_after']:>8.3f}   {cfg.gold_reward}"
-             if len(judges) > 1 else "") +
+             if len(run.judges) > 1 else "") +
             "".join(f"\n{tag or 'all':>16} {tags['before'][tag]:>8.3f} {tags['after'][tag]:>8.3f}"
                     for tag in tags["after"]) +
             f"\npictures: {run.out / 'samples' / 'before_after.png'}")

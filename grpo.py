@@ -23,7 +23,6 @@ import data                             # first: torch's threads read how long t
 import torch
 
 import models
-import rewards
 from csrc import ops
 
 # ============================================================================================================= Config
@@ -377,16 +376,7 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
 def train(cfg):
     run = data.Run(cfg, "grpo")
     ops.use(cfg.fused)
-    # == same: set-up (dgpo grpo proxt2i slas) ==
-    models.find(cfg.model, cfg.weights or None, cfg.init or None)      # what is missing shows before anything is loaded
-    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
-    scoring = data.Scoring(run, score)
-    judges = rewards.judges(cfg, run.device)
-    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
-    rewards.check(score, rows["train"])
-    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
-    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    # == end ==
+    scoring, rows = data.load_inputs(cfg, run)                         # the reward, the prompts to train on
     torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run)
     net = pipe.net
@@ -405,13 +395,13 @@ def train(cfg):
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.prepare(pipe, [*rows["train"], *test, *val])
+    run.prepare(pipe, [*rows, *run.test, *run.val])
     run.begin()
     null = pipe.encode_text([""])
 
     run.restore(params, ema, opt)
     if not run.state:
-        data.log_start(sample, pipe, val, judges, cfg, run)
+        data.log_start(sample, pipe, cfg, run)
     checked = False
 
     def rescore(x, i, text, scale):
@@ -425,7 +415,7 @@ def train(cfg):
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
-        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
@@ -493,7 +483,7 @@ def train(cfg):
                "stats": looks, "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= data.validate(sample, pipe, val, judges, cfg, run)
+                row |= data.validate(sample, pipe, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -501,7 +491,7 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, judges, sample)
+    data.finish(run, pipe, params, start, ema, sample)
 
 
 def main(argv=None):

@@ -536,10 +536,7 @@ def train(cfg):
     start = [p.detach().clone() for p in params]
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = data.optimizer(cfg, net, params)
-    judges = rewards.judges(cfg, run.device)
-    rows = {split: data.prompts(cfg.prompts, split) for split in ("val", "test")}
-    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
-    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
+    data.load_judges(cfg, run)
     check_model(cfg, pipe)
     shape, candidates = pipe.latent_shape(cfg.resolution), data.counts("candidates", cfg.candidates)
     mine = cfg.batch // run.world
@@ -599,7 +596,7 @@ def train(cfg):
         row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= data.validate(sample, pipe, val, judges, cfg, run)
+                row |= data.validate(sample, pipe, cfg, run)
             seen = f"  val {row['eval']:.3f}"
         bar.set_postfix_str(f"loss {row['loss']:.4f}{seen}", refresh=False)
         run.log(row)
@@ -608,23 +605,14 @@ def train(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt, stream)
-    data.finish(run, pipe, params, start, ema, test, judges, sample)
+    data.finish(run, pipe, params, start, ema, sample)
 
 
 def train_rl(cfg):
     """Stage rl: GRPO on the chain of Eq. (7), or on the score model's Euler-Maruyama chain."""
     run = data.Run(cfg, "proxt2i")
     ops.use(cfg.fused)
-    # == same: set-up (dgpo grpo proxt2i slas) ==
-    models.find(cfg.model, cfg.weights or None, cfg.init or None)      # what is missing shows before anything is loaded
-    score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
-    scoring = data.Scoring(run, score)
-    judges = rewards.judges(cfg, run.device)
-    rows = {split: data.prompts(cfg.prompts, split) for split in ("train", "val", "test")}
-    rewards.check(score, rows["train"])
-    test = data.draw_prompts(rows["test"], cfg.eval_images, "test")
-    val = data.draw_prompts(rows["val"], cfg.val_images, "val")
-    # == end ==
+    scoring, rows = data.load_inputs(cfg, run)                         # the reward, the prompts to train on
     torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run)
     net, n = pipe.net, cfg.sample_steps
@@ -640,12 +628,12 @@ def train_rl(cfg):
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.prepare(pipe, [*rows["train"], *test, *val])
+    run.prepare(pipe, [*rows, *run.test, *run.val])
     run.begin()
     null = pipe.encode_text([""])
     run.restore(params, ema, opt)
     if not run.state:
-        data.log_start(sample, pipe, val, judges, cfg, run)
+        data.log_start(sample, pipe, cfg, run)
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     checked = False
 
@@ -659,7 +647,7 @@ def train_rl(cfg):
     while not run.done():
         step = run.count["step"]
         # 1. Roll out. A group never spans two processes.
-        prompts, metas = data.groups(rows["train"], cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
+        prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D)
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
@@ -733,7 +721,7 @@ def train_rl(cfg):
                "stats": looks, "rewards": scoring.terms(), "advantage": spread}
         if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
             with models.using(params, ema):
-                row |= data.validate(sample, pipe, val, judges, cfg, run)
+                row |= data.validate(sample, pipe, cfg, run)
             bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
         run.log(row)
         if run.count["step"] % cfg.save_every == 0:
@@ -741,7 +729,7 @@ def train_rl(cfg):
         bar.update()
     bar.close()
     run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, test, judges, sample)
+    data.finish(run, pipe, params, start, ema, sample)
 
 
 # ============================================================================================================ compare

@@ -51,8 +51,7 @@ def test_slas_is_grpo_in_all_but_its_own_functions():
     """All fenced blocks of the one are the other's, and between them they hold every function that both have but train
     and main."""
     grpo, slas = (blocks(ROOT / f"{name}.py") for name in ("grpo", "slas"))
-    assert grpo == slas and set(grpo) == {"advantage", "log-prob", "policy loss", "KL", "sampler", "rollout",
-                                          "set-up"}
+    assert grpo == slas and set(grpo) == {"advantage", "log-prob", "policy loss", "KL", "sampler", "rollout"}
     fenced = b"".join(body for _, body in slas.values())
     functions = re.findall(rb"^def (\w+)", (ROOT / "grpo.py").read_bytes(), re.M)
     assert [name for name in functions if b"def " + name not in fenced] == [b"train", b"main"]
