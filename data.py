@@ -1447,7 +1447,7 @@ def load_policy(cfg, run, fresh=False):
     if getattr(cfg, "guidance", 0) != getattr(type(cfg), "guidance", 0) and not pipe.net.config.get("guidance_embeds"):
         raise ValueError(f"--guidance {cfg.guidance:g} is told to FLUX.1-dev alone; {cfg.model}'s guidance is "
                          f"--cfg-rollout, --cfg-train and --cfg-eval")
-    net = run.net = pipe.net
+    net = pipe.net
     run.watch(net)
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
     net.checkpointing = cfg.checkpointing
@@ -1601,8 +1601,24 @@ class Run:
         if begun and not self.cfg.resume:
             raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
 
-    def begin(self):
-        """Make OUT, once all inputs are known to be good; on --resume, take back the rows that the lost steps wrote."""
+    def begin(self, pipe, sample, params, ema, opt, rows=(), stream=None):
+        """Once all inputs are known to be good: make OUT, or go on from its last checkpoint.
+
+        pipe, sample: what is evaluated, as `evaluate` takes them. params, ema, opt, stream: what checkpoints hold.
+        rows: RL's prompts, encoded first, with those of evaluation; a new run of RL is scored before its first step.
+        """
+        self.pipe, self.sample, self.params, self.ema, self.opt, self.stream = pipe, sample, params, ema, opt, stream
+        if rows:
+            self.prepare([*rows, *self.test, *self.val])
+        self.make_out()
+        self.restore()
+        if rows and self.cfg.eval_every and not self.state:
+            row = validate(self)
+            self.say(f"before: {self.cfg.eval_reward} {row['eval']:.3f} on {len(self.val)} validation images, guidance "
+                     f"{self.cfg.cfg_eval:g}")
+
+    def make_out(self):
+        """Make OUT; on --resume, take back the rows that the lost steps wrote."""
         if self.world > 1:
             dist.barrier()                                            # all have looked at OUT before it changes
         if self.rank == 0:
@@ -1663,15 +1679,19 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
-    def bar(self, name="", **options):
-        """The progress bar of a training loop, on the first process; without an end where --minutes is what ends it.
+    def steps(self, name="", **options):
+        """The numbers of the steps to come, until it is time to end, beside a progress bar on the first process.
 
-        The loop's first lap begins here.
+        The bar is without an end where --minutes is what ends the run.
         """
-        self.laps, self.mark = {}, time.perf_counter()
         total = self.cfg.steps if self.cfg.steps < 100000 or self.cfg.minutes >= 1e6 else None
-        return tqdm(initial=self.count["step"], total=total, disable=self.rank > 0, desc=name or self.method,
-                    unit="step", dynamic_ncols=True, **options)
+        self.bar = tqdm(initial=self.count["step"], total=total, disable=self.rank > 0, desc=name or self.method,
+                        unit="step", dynamic_ncols=True, **options)
+        self.laps, self.mark, self.seen = {}, time.perf_counter(), ""
+        while not self.done():
+            yield self.count["step"]
+            self.bar.update()
+        self.bar.close()
 
     def done(self):
         """Is it time to end: all steps, the minutes used up (after a step), or a signal? The same on every process."""
@@ -1788,6 +1808,23 @@ class Run:
 
     # -- what is written ----------------------------------------------------------------------------------------------
 
+    def report(self, images, row):
+        """A step is over: count it and its images, log its row, with an evaluation and a checkpoint where they are due.
+
+        What is evaluated is the moving average, where there is one.
+        """
+        import models
+        self.tally(images)
+        if self.cfg.eval_every and self.count["step"] % self.cfg.eval_every == 0:
+            with models.using(self.params, self.ema):
+                row |= validate(self)
+            self.seen = f"  val {row['eval']:.3f}"
+        shown = f"reward {row['reward']:.3f}" if "reward" in row else f"loss {row['loss']:.4f}"
+        self.bar.set_postfix_str(shown + self.seen, refresh=False)
+        self.log(row)
+        if self.count["step"] % self.cfg.save_every == 0:
+            self.save()
+
     def log(self, row):
         """Append a step to metrics.jsonl, the counters and the row, and to times.jsonl, the laps since the last.
 
@@ -1827,7 +1864,7 @@ class Run:
                      f"by {rise:.3g} and {self.cfg.gold_reward} fell by {fall:.3f} to {row['eval_gold']:.3f}")
         return bool(found)
 
-    def save(self, params, ema, opt, stream=None):
+    def save(self):
         """Write last/state.pt, whole or not at all: what a resume needs, with this class's own counters.
 
         Then last/lora.safetensors, where a LoRA is trained: its moving average, if there is one, as the end writes it.
@@ -1836,6 +1873,7 @@ class Run:
         """
         import models
         from csrc import ops
+        params, ema, opt, stream = self.params, self.ema, self.opt, self.stream
         big = {"params": [p.data for p in params], "ema": ema or [], "opt": opt.state_dict()}
         name = f"shards-{self.count['step']}" if models.is_sharded(params) else ""
         if name:
@@ -1857,17 +1895,17 @@ class Run:
             write_atomic(self.out / "last" / "state.pt", lambda f: torch.save(state, f))
             if self.cfg.lora_rank:                                    # for trying it while the run goes on
                 with models.using(params, ema):
-                    models.save_lora(self.net, self.out / "last" / "lora.safetensors")
+                    models.save_lora(self.pipe.net, self.out / "last" / "lora.safetensors")
             for old in (self.out / "last").glob("shards-*"):
                 if old.name != name:
                     shutil.rmtree(old)
 
-    def restore(self, params, ema, opt, stream=None):
+    def restore(self):
         """Put the last checkpoint, if there is one, back in place."""
         if not self.state:
             return
         from csrc import ops
-        state = self.state
+        state, params, ema, opt, stream = self.state, self.params, self.ema, self.opt, self.stream
         if "shards" in state:
             import torch.distributed.checkpoint as dcp
             opt.state = {p: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1888,9 +1926,9 @@ class Run:
                                  f"there are {self.world}: use as many")
             stream.restore(state["places"][self.rank])
 
-    def prepare(self, pipe, rows):
+    def prepare(self, rows):
         """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts."""
-        pipe.prepare(["", *(row["prompt"] for row in rows)], self.cfg.text_cache, self.rank, self.world)
+        self.pipe.prepare(["", *(row["prompt"] for row in rows)], self.cfg.text_cache, self.rank, self.world)
         if self.world > 1:
             dist.barrier()
 
@@ -2358,33 +2396,27 @@ def evaluate(sample, pipe, rows, judges, cfg, run, scale):
     return verdict(cfg, rows, dict(zip(judges, run.sum(total).cpu())))
 
 
-def validate(sample, pipe, cfg, run):
+def validate(run):
     """A row of metrics: what the validation prompts score. A picture of the first, always from the same noise."""
+    cfg = run.cfg
     with run.uncounted():
-        sheet(run, [row["prompt"] for row in run.val[:8]], lambda *some: sample(pipe, *some, cfg, cfg.cfg_eval))
-        row = evaluate(sample, pipe, run.val, run.judges, cfg, run, cfg.cfg_eval)
+        sheet(run, [row["prompt"] for row in run.val[:8]], lambda *some: run.sample(run.pipe, *some, cfg, cfg.cfg_eval))
+        row = evaluate(run.sample, run.pipe, run.val, run.judges, cfg, run, cfg.cfg_eval)
     run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
     return row
 
 
-def log_start(sample, pipe, cfg, run):
-    """The first row of a new run's evals.jsonl: the score before training."""
-    if cfg.eval_every:
-        row = validate(sample, pipe, cfg, run)
-        run.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(run.val)} validation images, guidance "
-                f"{cfg.cfg_eval:g}")
-
-
-def finish(run, pipe, params, start, trained, sample):
+def finish(run, start):
     """End a run: write the weights, evaluate before and after on test prompts, draw both, print the final JSON line.
 
-    The weights come first: torchrun kills a process 30 s after Ctrl-C (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
-
-    start, trained: the weights before and after (lists in the order of params; None: the parameters as they are).
-    sample: as evaluate takes it. The second guidance scale, cfg_also, is evaluated for both.
+    The weights come first: torchrun kills a process 30 s after Ctrl-C (TORCH_ELASTIC_SHUTDOWN_TIMEOUT). start: those
+    before training, in the order of the parameters; those after it are the moving average, if there is one. The second
+    guidance scale, cfg_also, is evaluated for both.
     """
     import models
-    cfg, rows, seconds = run.cfg, run.test, time.time() - run.start
+    run.save()
+    cfg, pipe, sample, rows, seconds = run.cfg, run.pipe, run.sample, run.test, time.time() - run.start
+    params, trained = run.params, run.ema
     if run.rank == 0 or cfg.fsdp:                                     # shards: every process takes part
         with models.using(params, trained):
             if cfg.lora_rank:

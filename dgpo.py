@@ -510,17 +510,9 @@ def train(cfg):
     mine = cfg.groups // run.world                                     # groups of this process
     holds = cfg.hold and min(cfg.hold_below, cfg.t_min) > 0            # from t_min on all times are trained
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.prepare(pipe, [*rows, *run.test, *run.val])
-    run.begin()
+    run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
-
-    run.restore(params, ema, opt)
-    if not run.state:
-        data.log_start(sample, pipe, cfg, run)
-
-    bar = run.bar()
-    while not run.done():
-        step = run.count["step"]
+    for step in run.steps():
         # 1. Roll out with theta-. A group never spans two processes.
         prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
@@ -572,22 +564,12 @@ def train(cfg):
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
         # 5. Report
-        run.tally(cfg.groups * cfg.group_size)
         loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm,
                "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
-            with models.using(params, ema):
-                row |= data.validate(sample, pipe, cfg, run)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
-        run.log(row)
-        if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt)
-        bar.update()
-    bar.close()
-    run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, sample)
+        run.report(cfg.groups * cfg.group_size, row)
+    data.finish(run, start)
 
 
 def main(argv=None):

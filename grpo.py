@@ -395,13 +395,8 @@ def train(cfg):
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.prepare(pipe, [*rows, *run.test, *run.val])
-    run.begin()
+    run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
-
-    run.restore(params, ema, opt)
-    if not run.state:
-        data.log_start(sample, pipe, cfg, run)
     checked = False
 
     def rescore(x, i, text, scale):
@@ -410,9 +405,7 @@ def train(cfg):
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
 
-    bar = run.bar()
-    while not run.done():
-        step = run.count["step"]
+    for step in run.steps():
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
         prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
@@ -476,22 +469,12 @@ def train(cfg):
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        run.tally(cfg.groups * cfg.group_size)
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
-            with models.using(params, ema):
-                row |= data.validate(sample, pipe, cfg, run)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
-        run.log(row)
-        if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt)
-        bar.update()
-    bar.close()
-    run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, sample)
+        run.report(cfg.groups * cfg.group_size, row)
+    data.finish(run, start)
 
 
 def main(argv=None):

@@ -543,13 +543,10 @@ def train(cfg):
     size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
     stream = data.training_stream(cfg.images, size, run.rank, run.world, mine, cfg.seed)
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.begin()
-    run.restore(params, ema, opt, stream)
+    run.begin(pipe, sample, params, ema, opt, stream=stream)           # from here on these are evaluated and saved
     null = pipe.encode_text([""])
-    bar, seen = run.bar(cfg.stage, mininterval=1), ""
-    while not run.done():
+    for step in run.steps(cfg.stage, mininterval=1):
         # 1. Images, some of their captions emptied
-        step, share = run.count["step"], run.count["step"] / cfg.steps
         images, *captions = stream(step)                               # (B, 3, H, W) in [0, 1], B strings
         draw = torch.Generator().manual_seed(data.mix(cfg.seed, step, run.rank, "train"))
         dropped = torch.rand(mine, generator=draw) < cfg.drop
@@ -579,7 +576,7 @@ def train(cfg):
             target = (a * scaled - x_0) / sigma
             width = width if lam is None else lam / (1 + lam).sqrt() * (a / sigma).flatten()
         # 3. Loss and update
-        total = 0.0
+        share, total = step / cfg.steps, 0.0
         for k in range(0, mine, cfg.micro_batch):
             s = slice(k, k + cfg.micro_batch)
             pred = guided(net, scaled[s], t[s], None if lam is None else lam[s], [c[s] for c in ctx], null, 1.0)
@@ -592,20 +589,8 @@ def train(cfg):
         if ema:
             models.move(ema, params, max(1 - cfg.ema, 1 / (step + 1)))
         # 4. Report
-        run.tally(cfg.batch)
-        row = {"loss": run.sum(total).item(), "grad_norm": grad_norm}
-        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
-            with models.using(params, ema):
-                row |= data.validate(sample, pipe, cfg, run)
-            seen = f"  val {row['eval']:.3f}"
-        bar.set_postfix_str(f"loss {row['loss']:.4f}{seen}", refresh=False)
-        run.log(row)
-        if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt, stream)
-        bar.update()
-    bar.close()
-    run.save(params, ema, opt, stream)
-    data.finish(run, pipe, params, start, ema, sample)
+        run.report(cfg.batch, {"loss": run.sum(total).item(), "grad_norm": grad_norm})
+    data.finish(run, start)
 
 
 def train_rl(cfg):
@@ -628,12 +613,8 @@ def train_rl(cfg):
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
-    run.prepare(pipe, [*rows, *run.test, *run.val])
-    run.begin()
+    run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
-    run.restore(params, ema, opt)
-    if not run.state:
-        data.log_start(sample, pipe, cfg, run)
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     checked = False
 
@@ -643,9 +624,7 @@ def train_rl(cfg):
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std
 
-    bar = run.bar()
-    while not run.done():
-        step = run.count["step"]
+    for step in run.steps():
         # 1. Roll out. A group never spans two processes.
         prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
         prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
@@ -714,22 +693,12 @@ def train_rl(cfg):
             if ema:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        run.tally(cfg.groups * cfg.group_size)
         loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
         row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
                "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
                "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        if cfg.eval_every and run.count["step"] % cfg.eval_every == 0:
-            with models.using(params, ema):
-                row |= data.validate(sample, pipe, cfg, run)
-            bar.set_postfix_str(f"reward {row['reward']:.3f}  val {row['eval']:.3f}")
-        run.log(row)
-        if run.count["step"] % cfg.save_every == 0:
-            run.save(params, ema, opt)
-        bar.update()
-    bar.close()
-    run.save(params, ema, opt)
-    data.finish(run, pipe, params, start, ema, sample)
+        run.report(cfg.groups * cfg.group_size, row)
+    data.finish(run, start)
 
 
 # ============================================================================================================ compare
@@ -745,7 +714,7 @@ def sample_stage(cfg):
     check_model(cfg, pipe)
     if cfg.method == "prox":
         warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
-    run.begin()
+    run.make_out()
     row = data.evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
@@ -790,7 +759,7 @@ def compare(cfg):
                   if method == one.method and sampler not in {"hybrid", "pda"} - {cfg.scheme}]
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
-    run.begin()
+    run.make_out()
     table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
     with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
         for name, one, pipe in lines:

@@ -279,7 +279,7 @@ def test_two_runs_at_once_take_two_folders(module, small, capsys):
     cfg = data.cli(module.Config, module.PRESETS, [*small, "--out", ""])
     one, two = (data.Run(cfg, module.__name__) for _ in range(2))
     assert one.out == two.out == Path(f"runs/{module.__name__}-001") and not Path("runs").exists()
-    one.begin(), two.begin()
+    one.make_out(), two.make_out()
     assert (one.out.name, two.out.name) == (f"{module.__name__}-001", f"{module.__name__}-002")
     assert f"out: {two.out}" in capsys.readouterr().out
     assert all(json.loads((run.out / "config.json").read_text())["out"] == "" for run in (one, two))
@@ -290,7 +290,7 @@ def test_a_link_to_nothing_is_no_free_folder(small):
     Path("runs").mkdir()
     Path("runs/dgpo-001").symlink_to("gone/dgpo-001")
     run = data.Run(data.cli(dgpo.Config, dgpo.PRESETS, [*small, "--out", ""]), "dgpo")
-    run.begin()
+    run.make_out()
     assert run.out == Path("runs/dgpo-002") and (run.out / "config.json").is_file()
 
 
