@@ -1431,9 +1431,12 @@ def load_policy(cfg, run, fresh=False):
     """The pipeline of a run and its trained parameters: a LoRA's, or all of the network's in float32.
 
     All weights train in float32 under a network that computes in cfg.dtype: by autocast, or by FSDP2's own casts.
-    fresh: a U-ViT is not loaded but made, for training from the start.
+    fresh: a U-ViT is not loaded but made, for training from the start. What is drawn for that, or a LoRA, is a function
+    of cfg.seed. Raises ValueError for flags that this model cannot follow.
     """
     import models
+    from csrc import ops
+    torch.manual_seed(cfg.seed)
     dtype = models.DTYPES[cfg.dtype]
     if fresh:
         pipe = models.fresh_uvit(cfg.model, cfg.weights or None, cfg.method == "prox", dtype, run.device, cfg.seed,
@@ -1447,6 +1450,8 @@ def load_policy(cfg, run, fresh=False):
     if getattr(cfg, "guidance", 0) != getattr(type(cfg), "guidance", 0) and not pipe.net.config.get("guidance_embeds"):
         raise ValueError(f"--guidance {cfg.guidance:g} is told to FLUX.1-dev alone; {cfg.model}'s guidance is "
                          f"--cfg-rollout, --cfg-train and --cfg-eval")
+    pipe.latent_shape(cfg.resolution)                                  # these refuse what the model cannot do
+    pipe.solver(getattr(cfg, "solver", ""))
     net = pipe.net
     run.watch(net)
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
@@ -1468,6 +1473,7 @@ def load_policy(cfg, run, fresh=False):
         for block in net.modules():
             if isinstance(block, net.blocks):
                 block.compile()
+    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     return pipe, params
 
 
@@ -1539,6 +1545,8 @@ class Run:
     in_a_row = 0                                                      # updates skipped since the last that was made
 
     def __init__(self, cfg, method):
+        from csrc import ops
+        ops.use(cfg.fused)
         self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
         self.method, self.stopping, self.constant, self.norms, self.skipped = method, False, False, [], False
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}

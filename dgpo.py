@@ -488,15 +488,12 @@ def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
 
 def train(cfg):
     run = data.Run(cfg, "dgpo")
-    ops.use(cfg.fused)
     scoring, rows = data.load_inputs(cfg, run)                         # the reward, the prompts to train on
-    torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run)
     net = pipe.net
     start = [p.detach().clone() for p in params]                       # the model before RL
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     times = [t for t in pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
              if t >= cfg.t_min * (1000 if pipe.ddpm else 1) and t > 0]
     if cfg.grid and not times:
@@ -509,7 +506,6 @@ def train(cfg):
         raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
     mine = cfg.groups // run.world                                     # groups of this process
     holds = cfg.hold and min(cfg.hold_below, cfg.t_min) > 0            # from t_min on all times are trained
-    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     for step in run.steps():

@@ -375,15 +375,12 @@ def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
 
 def train(cfg):
     run = data.Run(cfg, "grpo")
-    ops.use(cfg.fused)
     scoring, rows = data.load_inputs(cfg, run)                         # the reward, the prompts to train on
-    torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run)
     net = pipe.net
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    pipe.latent_shape(cfg.resolution), pipe.solver(cfg.solver)         # refuse what the model cannot do
     kind = sde_kind(pipe, cfg)
     if pipe.ddpm and cfg.noise_level > 1:
         raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
@@ -394,7 +391,6 @@ def train(cfg):
     dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # the others' std holds no sqrt(-dt)
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
-    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False

@@ -526,8 +526,6 @@ def matching_loss(cfg, share, pred, target, width):
 def train(cfg):
     """Stage train, and finetune at another size: learn the proximal operators (3), or the noise, from images."""
     run = data.Run(cfg, "proxt2i")
-    ops.use(cfg.fused)
-    torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run, fresh=cfg.stage == "train")
     net = pipe.net
     net.config |= {"scheme": cfg.scheme, "candidates": cfg.candidates} if cfg.method == "prox" else {}
@@ -542,7 +540,6 @@ def train(cfg):
     mine = cfg.batch // run.world
     size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
     stream = data.training_stream(cfg.images, size, run.rank, run.world, mine, cfg.seed)
-    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin(pipe, sample, params, ema, opt, stream=stream)           # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     for step in run.steps(cfg.stage, mininterval=1):
@@ -596,15 +593,13 @@ def train(cfg):
 def train_rl(cfg):
     """Stage rl: GRPO on the chain of Eq. (7), or on the score model's Euler-Maruyama chain."""
     run = data.Run(cfg, "proxt2i")
-    ops.use(cfg.fused)
     scoring, rows = data.load_inputs(cfg, run)                         # the reward, the prompts to train on
-    torch.manual_seed(cfg.seed)
     pipe, params = data.load_policy(cfg, run)
     net, n = pipe.net, cfg.sample_steps
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    pipe.latent_shape(cfg.resolution), check_model(cfg, pipe)          # refuse what the model cannot do
+    check_model(cfg, pipe)
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
     if cfg.method == "prox":
@@ -612,7 +607,6 @@ def train_rl(cfg):
         warn_of_steps(cfg, run, pipe, "--candidates", data.counts("candidates", cfg.candidates) if cfg.hold else ())
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
-    run.say(f"{sum(p.numel() for p in params):,} trained parameters; {ops.status()}")
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
@@ -706,7 +700,6 @@ def train_rl(cfg):
 def sample_stage(cfg):
     """Stage sample: a sheet of pictures of validation prompts, and their score."""
     run = data.Run(cfg, "proxt2i")
-    ops.use(cfg.fused)
     judges = rewards.judges(cfg, run.device)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
@@ -737,7 +730,6 @@ def warn_of_steps(cfg, run, pipe, flag, steps):
 def compare(cfg):
     """Stage compare: what every sampler scores at every number of steps, for all models: table, CSV and pictures."""
     run = data.Run(cfg, "proxt2i")
-    ops.use(cfg.fused)
     steps = data.counts("compare_steps", cfg.compare_steps)
     judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
                                                 for name in filter(None, cfg.compare_rewards.split(","))}

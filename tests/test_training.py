@@ -270,14 +270,14 @@ def test_shards_compute_in_bfloat16_as_whole_weights_do(family, folder, flags, o
     exact, errors = pipe.net(x, t, *pipe.encode_text(["a red circle"] * 4)), []
     for fsdp in (False, True):
         cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags(family, dtype="bfloat16", fsdp=fsdp))
-        sharded, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id))
+        sharded, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id, say=id))
         assert all(p.dtype == torch.float32 and models.is_sharded([p]) == fsdp for p in params)
         with torch.no_grad():
             some = sharded.encode_text(["a red circle"] * 4)
             errors.append((dgpo.guided(sharded.net, x, t, some, None, 1) - exact).std().item())
     assert 0 < errors[1] < 1.5 * errors[0] < .1 * exact.std(), errors
     cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags(family, dtype="bfloat16", fsdp=True, init="random"))
-    pipe, _ = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id))
+    pipe, _ = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id, say=id))
     assert dgpo.guided(pipe.net, x, t, pipe.encode_text(["a red circle"] * 4), None, 1).isfinite().all()
 
 
@@ -311,7 +311,7 @@ def test_compiled_blocks_stay_compiled(flags, monkeypatch):
     cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags("sd14", lora_rank=2, compile=True))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id))
+        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id, say=id))
         for batch in (6, 4, 3):
             x, ctx = torch.randn(batch, *pipe.latent_shape(32)).double(), pipe.encode_text(["a red circle"] * batch)
             for grad in (False, True):
@@ -332,7 +332,7 @@ def test_compiled_blocks_know_whether_the_lora_is_merged(flags, monkeypatch):
     for on in (False, True):
         cfg = data.cli(dgpo.Config, dgpo.PRESETS, flags("sd3", lora_rank=2, compile=on))
         torch.manual_seed(0)
-        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id))
+        pipe, params = data.load_policy(cfg, SimpleNamespace(device=torch.device("cpu"), watch=id, say=id))
         x, ctx = torch.randn(2, *pipe.latent_shape(32)).double(), pipe.encode_text(["a red circle"] * 2)
         for update in range(3):
             for p in params:
