@@ -1737,7 +1737,16 @@ class Run:
         for name, more in dict(step=1, images=images, forwards=forwards, backwards=backwards).items():
             self.count[name] += more
 
-    # -- exchange between processes: rewards, gradients, sums ---------------------------------------------------------
+    # -- exchange between processes: prompts, rewards, gradients, sums ------------------------------------------------
+
+    def groups(self, rows, step):
+        """This process's share of the prompts drawn for a step, cfg.groups in all, each group_size times.
+
+        Returns the prompts and their rows.
+        """
+        drawn = draw_prompts(rows, self.cfg.groups, mix(self.cfg.seed, step, "prompts"))
+        metas = [row for row in self.mine(drawn) for _ in range(self.cfg.group_size)]
+        return [row["prompt"] for row in metas], metas
 
     def mine(self, x):
         """This process's slice of a global batch, a tensor or a list."""
@@ -1996,12 +2005,6 @@ def check_ratio(run, differences, stop=True):
                 f"the clip; a --micro-batch that divides --group-size makes its batches the rollout's")
 
 
-def groups(metas, n, group_size, *key):
-    """n prompts drawn for one step, each repeated group_size times: (prompts, metas), n * group_size long."""
-    rows = [meta for meta in draw_prompts(metas, n, mix(*key)) for _ in range(group_size)]
-    return [meta["prompt"] for meta in rows], rows
-
-
 class Optimizers(list):
     """Several optimizers as one: step, zero_grad, param_groups and the state of all."""
 
@@ -2119,8 +2122,8 @@ def masked(name, reward):
 class Scoring:
     """The rewards of a rollout, chunk by chunk; with --overlap by a thread, one while the next is sampled.
 
-    add(images, prompts, metas) for each chunk, whole groups, then result() and terms(), and so on for the next rollout.
-    Both ways score the same chunks in the same order, so the numbers are the same, bit for bit. On a GPU the
+    add(images, prompts, metas) for each chunk, whole groups, then result() and row(adv), and so on for the next
+    rollout. Both ways score the same chunks in the same order, so the numbers are the same, bit for bit. On a GPU the
     thread has a stream of its own. On a CPU it helps where the reward waits for a server; else they share the cores.
     """
 
@@ -2157,17 +2160,17 @@ class Scoring:
         return reward, values, unparsed
 
     def result(self):
-        """This process's images (B, 3, H, W), and all processes' rewards, float32 on the CPU, NaN where one failed.
+        """All processes' rewards, float32 on the CPU, NaN where one failed; this process's `images` (B, 3, H, W) wait.
 
         Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of all images.
         """
-        run, images = self.run, torch.cat(self.chunks)
+        run, self.images = self.run, torch.cat(self.chunks)
         run.lap("rollout" if self.thread else "reward")
         parts = [part.result() if self.thread else part for part in self.parts]
         run.lap("reward")                                              # by a thread: what was waited for
         reward, values, unparsed = zip(*parts)
         self.values = {name: torch.cat([value[name] for value in values]) for name in values[0]}
-        self.unparsed = {name: sum(share[name] * len(x) for share, x in zip(unparsed, self.chunks)) / len(images)
+        self.unparsed = {name: sum(share[name] * len(x) for share, x in zip(unparsed, self.chunks)) / len(self.images)
                          for name in unparsed[0]}
         self.chunks, self.parts = [], []
         reward = masked(run.cfg.reward, run.gather(torch.cat(reward).to(run.device)).cpu())
@@ -2176,7 +2179,16 @@ class Scoring:
             run.constant = True
             run.say(f"the reward {run.cfg.reward} is {valid[0]:g} for every image of a rollout: all advantages are 0, "
                     f"nothing is learned from it (said once)")
-        return images, reward
+        self.reward = reward
+        return reward
+
+    def row(self, adv):
+        """What is logged of a rollout, given all processes' advantages (B,). The images go: the update wants their
+        memory."""
+        images, group_size, self.images = self.images, self.run.cfg.group_size, None
+        return {"reward": self.reward[~self.reward.isnan()].mean().item(), "failed": int(self.reward.isnan().sum()),
+                "stats": self.run.mean(image_stats(images, group_size)), "rewards": self.terms(),
+                "advantage": advantage_stats(self.reward, adv, group_size)}
 
     def terms(self):
         """{name: {mean, std, weight}} of each raw reward in the sum that `rewards.load` made, over the last result; of

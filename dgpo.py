@@ -510,8 +510,7 @@ def train(cfg):
     null = pipe.encode_text([""])
     for step in run.steps():
         # 1. Roll out with theta-. A group never spans two processes.
-        prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
-        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         who = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"
         old = {"current": None, "ema": ema, "start": start}[who]
@@ -527,13 +526,11 @@ def train(cfg):
                 scoring.add(pipe.decode(x_0[-1]), prompts[s], metas[s])
         x_0 = torch.cat(x_0)                                           # (B, C, H, W)
         # 2. Reward
-        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
-        looks = run.mean(data.image_stats(images, cfg.group_size))
-        del images                                                     # the update wants their memory
+        reward = scoring.result()                                      # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         cut = cfg.adv_clip if cfg.method == "dgpo" else math.inf       # of pairs only the order counts
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cut, cut)        # Eq. (1)
-        spread = data.advantage_stats(reward, adv, cfg.group_size)
+        row = scoring.row(adv)                                         # what is logged of images, rewards, advantages
         adv, G = run.mine(adv).to(run.device, x_0.dtype), cfg.group_size
         if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group
             keep, adv = best_and_worst(adv, G)
@@ -561,10 +558,7 @@ def train(cfg):
                 models.move(ema, params, 1 - decay)
         # 5. Report
         loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
-        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm,
-               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        run.report(cfg.groups * cfg.group_size, row)
+        run.report(len(reward), row | {"loss": loss, "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm})
     data.finish(run, start)
 
 

@@ -620,8 +620,7 @@ def train_rl(cfg):
 
     for step in run.steps():
         # 1. Roll out. A group never spans two processes.
-        prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
-        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D)
         chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         parts = []
@@ -635,12 +634,10 @@ def train_rl(cfg):
         last = [k for k in logp_old if k <= 1 + (cfg.train_last or n)]  # k = 1, the image's own, has no log-prob
         trained = sorted(sorted(last, key=choice.__getitem__)[:cfg.train_steps or None])
         # 2. Reward
-        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
-        looks = run.mean(data.image_stats(images, cfg.group_size))
-        del images                                                     # the update wants their memory
+        reward = scoring.result()                                      # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)
-        spread = data.advantage_stats(reward, adv, cfg.group_size)
+        row = scoring.row(adv)                                         # what is logged of images, rewards, advantages
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
@@ -688,10 +685,8 @@ def train_rl(cfg):
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
         loss, kl, *values, hold = (run.sum(logs) / cfg.updates).tolist()
-        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, "hold": hold, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        run.report(cfg.groups * cfg.group_size, row)
+        run.report(len(reward), row | {"loss": loss, "kl": kl, "hold": hold, **dict(zip(stats, values)),
+                                       "grad_norm": grad_norm})
     data.finish(run, start)
 
 

@@ -467,8 +467,7 @@ def train(cfg):
     for step in run.steps():
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
-        prompts, metas = data.groups(rows, cfg.groups, cfg.group_size, cfg.seed, step, "prompts")
-        prompts, metas = run.mine(prompts), run.mine(metas)            # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
@@ -486,9 +485,7 @@ def train(cfg):
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         del parts                                                      # their trajectories live on in x alone
         # 2. Reward
-        images, reward = scoring.result()                              # (B, 3, H, W), (all B,)
-        looks = run.mean(data.image_stats(images, cfg.group_size))
-        del images                                                     # the update wants their memory
+        reward = scoring.result()                                      # (all B,)
         # 3. Advantage, over the whole batch of all processes; each keeps its slice. First the trust region.
         few = list(range(0, len(prompts), max(1, len(prompts) * run.world // cfg.fisher_images)))
 
@@ -505,7 +502,7 @@ def train(cfg):
             trust["gamma"] = max_gamma(limit, slas_advantage(reward, cfg.group_size, 0.0, std="before"))       # Eq. (7)
         adv = slas_advantage(reward, cfg.group_size, trust["gamma"], cfg.recenter, cfg.adv_std)                # Eq. (6)
         adv = adv.clamp(-cfg.adv_clip, cfg.adv_clip)                   # (6)'s tails, too: to a std of .88 at gamma 2
-        spread = data.advantage_stats(reward, adv, cfg.group_size)
+        row = scoring.row(adv)                                         # what is logged of images, rewards, advantages
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
@@ -552,13 +549,10 @@ def train(cfg):
             moved = sum((p.detach() - q).square().sum() for p, q in zip(params, before)).sqrt().item()
             trust["eta"] = moved * len(norms) / sum(norms)
             trust["kl"] = run.sum(kl).item() / len(trained) / run.world
-            trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * spread["square"]
+            trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * row["advantage"]["square"]
         # 5. Report
         loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
-        row = {"reward": reward[~reward.isnan()].mean().item(), "failed": int(reward.isnan().sum()), "loss": loss,
-               "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm,
-               "stats": looks, "rewards": scoring.terms(), "advantage": spread}
-        run.report(cfg.groups * cfg.group_size, row)
+        run.report(len(reward), row | {"loss": loss, "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm})
     data.finish(run, start)
 
 

@@ -107,8 +107,8 @@ def test_the_share_that_is_not_read_is_logged(server):
         scoring = data.Scoring(run, rewards.load("vlm:0.5"))
         for levels in ((9, 20, 255, 30), range(10, 90, 10)):           # two chunks, of 4 images and of 8
             scoring.add(grey(*levels), ["a cat"] * len(levels), [{}] * len(levels))
-        images, reward = scoring.result()
-        assert len(images) == 12 and reward.isnan().nonzero().flatten().tolist() == [2]
+        reward = scoring.result()
+        assert len(scoring.images) == 12 and reward.isnan().nonzero().flatten().tolist() == [2]
         assert scoring.terms()["vlm"] == {"mean": pytest.approx(.8), "std": pytest.approx(0), "weight": .5,
                                           "unparsed": pytest.approx(1 / 12)}
 

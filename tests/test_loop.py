@@ -176,7 +176,7 @@ def test_a_chunk_is_scored_while_the_next_is_sampled(overlap):
             scoring.add(chunk, [str(i)] * 2, [{}] * 2)
             assert len(seen) == i + 1 if not overlap else start or not seen        # the first waits for the last
         sampled.set()
-        images, reward = scoring.result()
+        reward, images = scoring.result(), scoring.images
         assert seen == [(str(i), not overlap) for i in range(6)]
         assert same([images.nan_to_num(-1), reward.nan_to_num(-1)],
                     [torch.cat(chunks).nan_to_num(-1), torch.cat(chunks)[:, 0, 0, 0].nan_to_num(-1)])
@@ -187,7 +187,7 @@ def test_a_chunk_is_scored_while_the_next_is_sampled(overlap):
     assert not said
     for _ in range(2):
         scoring.add(torch.ones(2, 3, 2, 2), ["x"] * 2, [{}] * 2)
-        assert scoring.result()[1].tolist() == [1, 1]
+        assert scoring.result().tolist() == [1, 1]
     assert len(said) == 1 and "the reward mine is 1 for every image" in said[0]
 
 
@@ -231,8 +231,8 @@ def test_cuda_streams_wait_for_each_other():
         scoring, _ = scoring_of(score, overlap, "cuda:0")             # with its number, as a run's
         for i in range(8):
             scoring.add(chunk(i), ["a"] * 4, [{}] * 4)
-        results.append(scoring.result())
-    assert same(*results) and results[0][1].std() > 0
+        results.append([scoring.result(), scoring.images])
+    assert same(*results) and results[0][0].std() > 0
 
 
 # ====================================================================================================== kill and resume
