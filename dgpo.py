@@ -499,9 +499,8 @@ def train(cfg):
     if cfg.grid and not times:
         raise ValueError(f"--grid: none of the sampler's {cfg.sample_steps} times is --t-min {cfg.t_min} or above: "
                          f"take more --sample-steps, or a lower --t-min")
-    if pipe.ddpm and cfg.sde and cfg.noise_level > 1:
-        raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
-                         f"more has no mean; try 1")
+    if cfg.sde:
+        pipe.sde("", cfg.noise_level)                                  # refuses more noise than DDPM's
     if pipe.ddpm and cfg.dsm == "elbo":
         raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
     mine = cfg.groups // run.world                                     # groups of this process

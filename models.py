@@ -1673,12 +1673,16 @@ class TextToImage:
             raise ValueError(f"--solver {name} does not suit {self.family}: try --solver {only}")
         return name
 
-    def sde(self, kind=""):
-        """The kind of stochastic step; empty: ddim for a DDPM network, else flow. ValueError for one that cannot be."""
+    def sde(self, kind="", noise_level=0.0):
+        """The kind of stochastic step; empty: ddim for a DDPM network, else flow. ValueError for one that cannot be, or
+        for more noise than it can have."""
         kind = kind or ("ddim" if self.ddpm else "flow")
         if (kind == "ddim") != self.ddpm:
             only = "ddim" if self.ddpm else "flow, dance or cps"
             raise ValueError(f"--sde {kind} does not suit {self.family}: try --sde {only}")
+        if self.ddpm and noise_level > 1:
+            raise ValueError(f"--noise-level {noise_level} is DDIM's eta on {self.family}: 1 is DDPM's own noise, and "
+                             f"more has no mean; try 1")
         return kind
 
 

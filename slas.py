@@ -388,7 +388,7 @@ def sample(pipe, prompts, keys, cfg, scale):
 # == same: rollout (grpo slas) ==
 def sde_kind(pipe, cfg):
     """--sde, or what method and model mean: ddim for a DDPM network, else the method's own. ValueError: a misfit."""
-    return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method))
+    return pipe.sde(cfg.sde or ("" if pipe.ddpm else cfg.method), cfg.noise_level)
 
 
 def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
@@ -445,9 +445,6 @@ def train(cfg):
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     kind = sde_kind(pipe, cfg)
-    if pipe.ddpm and cfg.noise_level > 1:
-        raise ValueError(f"--noise-level {cfg.noise_level} is DDIM's eta on {cfg.model}: 1 is DDPM's own noise, and "
-                         f"more has no mean; try 1")
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0

@@ -566,6 +566,8 @@ def test_what_a_model_cannot_do(module, flags, refused, monkeypatch):
         refused(module, flags("sd14", sde="flow"), "--sde flow", "sd14", "--sde ddim")
     else:
         refused(module, flags("sd14", dsm="elbo"), "--dsm elbo", "--dsm v")
+    noisy = flags("sd14", noise_level=1.5, **{} if module is grpo else {"sde": True})
+    refused(module, noisy, "--noise-level 1.5 is DDIM's eta", "try 1")
     refused(module, flags("sd3", fsdp=True), "--fsdp", "torchrun")
     monkeypatch.setenv("WORLD_SIZE", "1")
     refused(module, flags("sd3", fsdp=True, lora_rank=2), "--fsdp", "--lora-rank 0")
