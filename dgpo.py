@@ -9,7 +9,7 @@ Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the pa
     (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
-    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below        learn, hold_error
+    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below              learn, hold
 
 Departs from the paper: l is a mean, not a sum, over the latent's D dimensions; beta is the paper's times T, G and D, as
 in the released code; the loss is divided by beta, so that kl_beta means the same for every beta. (6)'s KL, the PPO-like
@@ -75,7 +75,7 @@ class Config:
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
     kl_ref: str = "ref"                 # v_ref of the KL: theta_ref's (ref), or start's       [released code: start]
-    hold: float = 0.1                   # weight of hold_error: the sampler's last steps stay what they were; 0: off
+    hold: float = 0.1                   # weight of (6)'s hold: the sampler's last steps stay what they were; 0: off
     hold_below: float = 0.25            # the times that it holds, and none from t_min on
     adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
     adv_std: str = "group"              # (1): group, batch or none    [released code: group; OCR, PickScore: batch]
@@ -454,35 +454,27 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
     return logs
 
 
-HELD = 4                                # one image in four of a group is enough for it
+def hold(net, params, start, x_0, eps, ctx, null, keys, G, total, cfg, ddpm):
+    """Add the gradient of (6)'s hold |v - v_start|^2, on a quarter of each group at times t < hold_below of their own.
 
-
-def hold_error(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
-    """mean |v - v_start|^2 at times t < hold_below, (B,): what the timestep clip leaves untrained is held where it was.
-
-    The weights that train at the noisy times serve the others, too, and no loss sees those. There the network drifts
-    until the sampler's last steps paint the patches' grid on the ground; README, "What keeps DGPO stable". Not the
-    paper's. x_0, eps: (B, C, H, W); t: (B,) flow times or DDPM steps.
+    What the timestep clip leaves untrained is held where it was. The weights that train at the noisy times serve the
+    others, too, and no loss sees those. There the network drifts until the sampler's last steps paint the patches' grid
+    on the ground; README, "What keeps DGPO stable". Arguments as in learn; keys: the groups'. Returns what these images
+    add to the mean, ().
     """
-    x_t = noised(x_0, eps, t, ddpm)
-    with torch.no_grad(), models.using(params, start):
-        v_start = guided(net, x_t, t, ctx, null, cfg.cfg_train)
-    return (guided(net, x_t, t, ctx, null, cfg.cfg_train) - v_start).square().flatten(1).mean(1)
-
-
-def hold(net, params, start, x_0, eps, t, ctx, null, keys, G, total, cfg, ddpm):
-    """Add the gradient of hold_error on some of each group's images, at times of their own. Arguments as in learn.
-
-    keys: the groups'; total: such images in the batch. Returns what these add to the mean, ().
-    """
-    below, log = min(cfg.hold_below, cfg.t_min), x_0.new_zeros(())
-    low = t.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])
-    low = (low * 1000).floor() if ddpm else low
-    every = torch.arange(len(t)).view(-1, G)[:, ::HELD].flatten()      # images 0, 4, ... of each group; a pair's best
-    for few in every.split(cfg.micro_batch):
-        error = hold_error(net, params, start, x_0[few], eps[few], low[few], [c[few] for c in ctx], null, cfg, ddpm)
-        (cfg.hold * error.sum() / total).backward()
-        log += error.detach().sum() / total
+    log, below = x_0.new_zeros(()), min(cfg.hold_below, cfg.t_min)
+    t = x_0.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])             # (B,)
+    t = (t * 1000).floor() if ddpm else t
+    held = torch.arange(len(t)).view(-1, G)[:, ::4].flatten()          # images 0, 4, ... of each group; a pair's best
+    n = total * len(held) // len(t)                                    # such images in the batch
+    for few in held.split(cfg.micro_batch):
+        x_t, text = noised(x_0[few], eps[few], t[few], ddpm), [c[few] for c in ctx]
+        with torch.no_grad(), models.using(params, start):
+            v_start = guided(net, x_t, t[few], text, null, cfg.cfg_train)
+        v = guided(net, x_t, t[few], text, null, cfg.cfg_train)
+        error = (v - v_start).square().flatten(1).mean(1).sum()
+        (cfg.hold * error / n).backward()
+        log += error.detach() / n
     return log
 
 
@@ -535,7 +527,6 @@ def train(cfg):
             keep, adv = best_and_worst(adv, G)
             x_0, ctx, G = x_0[keep], [c[keep] for c in ctx], 2
             chunk = max(1, cfg.micro_batch // G)
-        held = -(-G // HELD) if holds else 0                           # images of each group
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
         kl_ref, clip_old = {"ref": ref, "start": start}[cfg.kl_ref], {"rollout": old, "ema": ema}[cfg.clip_old]
@@ -546,11 +537,11 @@ def train(cfg):
                     s, turn = slice(g * G, (g + chunk) * G), range(g, min(g + chunk, mine))
                     keys = [(cfg.seed, step, run.rank * mine + j, update, draw) for j in turn]
                     t, eps = draw_noise(cfg, times, pipe.ddpm, keys, G, x_0)               # (n G,), (n G, C, H, W)
-                    batch = x_0[s], eps, t, [c[s] for c in ctx], null
-                    logs[:3] += learn(net, params, ref, kl_ref, clip_old, *batch, adv[s], G, total, cfg, pipe.ddpm)
-                    if held:
-                        logs[3] += hold(net, params, start, *batch, keys, G, cfg.groups * held * cfg.timesteps, cfg,
-                                        pipe.ddpm)
+                    text = [c[s] for c in ctx]
+                    logs[:3] += learn(net, params, ref, kl_ref, clip_old, x_0[s], eps, t, text, null, adv[s], G, total,
+                                      cfg, pipe.ddpm)
+                    if holds:
+                        logs[3] += hold(net, params, start, x_0[s], eps, text, null, keys, G, total, cfg, pipe.ddpm)
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema

@@ -784,31 +784,29 @@ def test_a_kl_holds_the_velocity(flags):
         assert 0 < held < free / 10, (form, free, held)
 
 
-def test_the_times_below_the_clip_are_held(flags, monkeypatch):
-    """hold_error sees a quarter of each group at times below hold_below, is 0 until the weights move, and keeps them
-    near the start where it is in the loss."""
-    seen, honest = [], dgpo.hold_error
+def test_the_times_below_the_clip_are_held(flags, random_model, monkeypatch):
+    """hold sees a quarter of each group at times below hold_below, is 0 until the weights move, and keeps them near the
+    start where it is in the loss."""
+    seen, honest, start = [], dgpo.guided, models.load("", random_model).net
 
-    def spy(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm):
-        error = honest(net, params, start, x_0, eps, t, ctx, null, cfg, ddpm)
-        x_t = (1 - t)[:, None, None, None] * x_0 + t[:, None, None, None] * eps
-        with torch.no_grad():
-            v = net(x_t, t, *ctx)
-            with models.using(params, start):
-                v_start = net(x_t, t, *ctx)
-        assert torch.allclose(error, (v - v_start).pow(2).mean((1, 2, 3)), atol=1e-7)
-        seen.append((t, error.detach()))
-        return error
-    monkeypatch.setattr(dgpo, "hold_error", spy)
+    def spy(net, x_t, t, ctx, null, scale):
+        v = honest(net, x_t, t, ctx, null, scale)
+        if v.requires_grad and t.max() < .5:                           # of learn's draws none is
+            with torch.no_grad():
+                seen.append((t, (v - start(x_t, t, *ctx)).pow(2).mean((1, 2, 3))))
+        return v
+    monkeypatch.setattr(dgpo, "guided", spy)
     settings = dict(steps=10, lr=3e-3, updates=2, group_size=6, micro_batch=4, hold_below=.4)
-    free, held = (run(dgpo, flags(out=str(hold), hold=hold, **settings))[1][-2]["hold"] for hold in (1e-9, 100.0))
-    assert 0 < held < free / 5, (free, held)
+    free, held = (run(dgpo, flags(out=str(hold), hold=hold, **settings))[1] for hold in (1e-9, 100.0))
+    means = torch.cat([error for _, error in seen]).view(2, 10, -1).mean(2)            # of a step, by the formula
+    assert torch.allclose(means, torch.tensor([[row["hold"] for row in rows] for rows in (free, held)]), atol=2e-6)
+    assert 0 < held[-2]["hold"] < free[-2]["hold"] / 5
     t = torch.cat([t for t, _ in seen])
     assert len(t) == 2 * 10 * 2 * 2 * 2 and 0 <= t.min() < .05 and .35 < t.max() < .4  # runs, steps, updates, groups
     assert (seen[0][1] == 0).all() and (seen[-1][1] > 0).all()
-    seen.clear()
+    monkeypatch.setattr(dgpo, "hold", None)
     for name, settings in dict(off=dict(hold=0.0), all=dict(t_min=0.0)).items():       # no time that is not trained
-        assert run(dgpo, flags(out=name, **settings))[1][-2]["hold"] == 0 and not seen
+        assert run(dgpo, flags(out=name, **settings))[1][-2]["hold"] == 0
 
 
 @BOTH
