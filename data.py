@@ -2485,10 +2485,11 @@ def finish(run, start):
         dist.destroy_process_group()
 
 
-def last_line(run, row, seconds):
-    """The JSON object that ends what a script prints."""
+def last_line(run, row, seconds=None):
+    """The JSON object that ends what a script prints. seconds: of the run; None: up to now."""
     if run.rank == 0:
         cfg, count = run.cfg, run.count
+        seconds = time.time() - run.start if seconds is None else seconds
         print(json.dumps({"method": cfg.method, "model": cfg.model, **row, "steps": count["step"],
                           "images": count["images"], "seconds": round(seconds, 1), "out": str(run.out)}), flush=True)
 

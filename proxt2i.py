@@ -35,7 +35,6 @@ chain's last adds no noise either.
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -416,6 +415,14 @@ def check_model(cfg, pipe):
         pda_lambdas(cfg.eval_steps)
 
 
+def warn_of_steps(cfg, run, pipe, flag, steps):
+    """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
+    known = pipe.net.config.get("candidates", cfg.candidates)
+    outside = sorted(set(steps) - set(data.counts("candidates", known)))
+    if outside and cfg.method == "prox":
+        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {known} steps")
+
+
 def default_sampler(cfg):
     """The sampler's name: the flag's, or hybrid for a proximal model, dpm for a score model. ValueError for others."""
     name = cfg.sampler or (cfg.scheme if cfg.method == "prox" else "dpm")
@@ -602,14 +609,13 @@ def train_rl(cfg):
     check_model(cfg, pipe)
     if cfg.scheme == "pda":
         raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
-    if cfg.method == "prox":
-        warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
-        warn_of_steps(cfg, run, pipe, "--candidates", data.counts("candidates", cfg.candidates) if cfg.hold else ())
+    candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
+    warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
+    warn_of_steps(cfg, run, pipe, "--candidates", candidates if cfg.hold else ())
     chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
     mine = cfg.groups // run.world                                     # groups of this process
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
-    candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     checked = False
 
     def rescore(states, k, text, scale):
@@ -700,8 +706,7 @@ def sample_stage(cfg):
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
     pipe.offload = cfg.offload
     check_model(cfg, pipe)
-    if cfg.method == "prox":
-        warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
+    warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
     run.make_out()
     row = data.evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
     shown = [row["prompt"] for row in rows[:12]]
@@ -711,15 +716,7 @@ def sample_stage(cfg):
     run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
             f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
     run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
-    data.last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None}, time.time() - run.start)
-
-
-def warn_of_steps(cfg, run, pipe, flag, steps):
-    """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
-    known = pipe.net.config.get("candidates", cfg.candidates)
-    outside = sorted(set(steps) - set(data.counts("candidates", known)))
-    if outside:
-        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {known} steps")
+    data.last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None})
 
 
 def compare(cfg):
@@ -737,8 +734,7 @@ def compare(cfg):
         method = "prox" if pipe.net.config.get("lam") else "score"
         one = replace(cfg, model=model, method=method, sampler="", eval_steps=min(steps))
         check_model(one, pipe)
-        if one.method == "prox":
-            warn_of_steps(one, run, pipe, "--compare-steps", steps)
+        warn_of_steps(one, run, pipe, "--compare-steps", steps)
         path = Path(weights or model)                                  # the second of a kind is called by its run
         name = f" {path.parent.name if path.name == 'model' else path.name}" if one.method in shown_as else ""
         shown_as.add(one.method)
@@ -764,7 +760,7 @@ def compare(cfg):
     if run.rank == 0:
         data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
     run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
-    data.last_line(run, {"eval_before": None, "eval_after": None}, time.time() - run.start)
+    data.last_line(run, {"eval_before": None, "eval_after": None})
 
 
 def quick_start(cfg):
