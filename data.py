@@ -1748,6 +1748,20 @@ class Run:
         metas = [row for row in self.mine(drawn) for _ in range(self.cfg.group_size)]
         return [row["prompt"] for row in metas], metas
 
+    def portions(self, update):
+        """The images of one of the updates, which share out whole groups, micro_batch at once: (indices, how many).
+
+        The indices are of this process's batch. Shards want as many passes on every process: where images have run out
+        the first one stands for them, and none count.
+        """
+        cfg, mine = self.cfg, self.cfg.groups // self.world
+        turn = [j for j in range(mine * cfg.group_size)
+                if (self.rank * mine + j // cfg.group_size) % cfg.updates == update]
+        most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)
+        for k in range(0, most, cfg.micro_batch):
+            some = turn[k:k + cfg.micro_batch]
+            yield some or [0], len(some)
+
     def mine(self, x):
         """This process's slice of a global batch, a tensor or a list."""
         n = len(x) // self.world

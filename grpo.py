@@ -433,12 +433,8 @@ def train(cfg):
                                        for p in pieces for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         for update in range(cfg.updates):
-            turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
-                    if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
-            most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)     # shards want as many passes
-            for k in range(0, most, cfg.micro_batch):                  # on every process: without images they weigh 0
-                share = len(turn[k:k + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
-                some = turn[k:k + cfg.micro_batch] or [0]
+            for some, count in run.portions(update):                   # indices of its images; count 0: for shards only
+                share = count * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 text = [c[some] for c in ctx]
                 for i in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards

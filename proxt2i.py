@@ -654,14 +654,10 @@ def train_rl(cfg):
                                        for p in pieces for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
-            turn = [j for j in range(len(prompts))                     # this update's images: whole groups in turn
-                    if (run.rank * mine + j // cfg.group_size) % cfg.updates == update]
             # The number of steps whose last landing this update holds.
             m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
-            most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)     # shards want as many passes
-            for i in range(0, most, cfg.micro_batch):                  # on every process: without images they weigh 0
-                share = len(turn[i:i + cfg.micro_batch]) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
-                some = turn[i:i + cfg.micro_batch] or [0]
+            for some, count in run.portions(update):                   # indices of its images; count 0: for shards only
+                share = count * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 text = [c[some] for c in ctx]
                 for k in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
@@ -673,7 +669,7 @@ def train_rl(cfg):
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-                few = [j for j in turn[i:i + cfg.micro_batch] if j % cfg.group_size % HELD == 0]
+                few = [j for j in some[:count] if j % cfg.group_size % HELD == 0]
                 if cfg.hold and (few or cfg.fsdp):                     # Eq. (10), on a quarter of a group's images
                     weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
                     few = few or [0]
