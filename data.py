@@ -1748,6 +1748,16 @@ class Run:
         metas = [row for row in self.mine(drawn) for _ in range(self.cfg.group_size)]
         return [row["prompt"] for row in metas], metas
 
+    def chunks(self, group_size):
+        """This process's images, whole groups and about micro_batch at once: (slice, the groups' numbers) of each.
+
+        Groups are counted over all processes.
+        """
+        mine = self.cfg.groups // self.world
+        most, first = max(1, self.cfg.micro_batch // group_size), self.rank * mine
+        return [(slice(g * group_size, min(g + most, mine) * group_size), range(first + g, first + min(g + most, mine)))
+                for g in range(0, mine, most)]
+
     def portions(self, update):
         """The images of one of the updates, which share out whole groups, micro_batch at once: (indices, how many).
 

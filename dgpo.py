@@ -364,18 +364,16 @@ def sample(pipe, prompts, keys, cfg, scale):
 
 
 @torch.no_grad()
-def rollout(pipe, prompts, ctx, null, cfg, step, group):
+def rollout(pipe, ctx, null, cfg, step, groups):
     """Images to learn from, (B, C, H, W) latents: whole groups, each group's noise a function of (seed, step, group).
 
-    group: the global number of the first group.
+    groups: their numbers, counted over all processes.
     """
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
-    count = len(prompts) // cfg.group_size
 
     def draw(name):                                                    # (B, C, H, W)
-        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
-                          for g in range(count)])
+        return torch.cat([data.noise(shape, cfg.seed, step, g, name, device=device, dtype=wide) for g in groups])
     x = draw("start")
     pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(x), cfg.micro_batch)]    # several: G > micro_batch
     with models.merged(pipe.net, cfg.merge_lora):
@@ -495,25 +493,21 @@ def train(cfg):
         pipe.sde("", cfg.noise_level)                                  # refuses more noise than DDPM's
     if pipe.ddpm and cfg.dsm == "elbo":
         raise ValueError(f"--dsm elbo is a weight of flow times, and {cfg.model} knows DDPM steps: try --dsm v")
-    mine = cfg.groups // run.world                                     # groups of this process
     holds = cfg.hold and min(cfg.hold_below, cfg.t_min) > 0            # from t_min on all times are trained
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     for step in run.steps():
         # 1. Roll out with theta-. A group never spans two processes.
-        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         who = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"
         old = {"current": None, "ema": ema, "start": start}[who]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
             old = [p.detach().clone() for p in old or params]
-        chunk = max(1, cfg.micro_batch // cfg.group_size)              # whole groups at once
-        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
         x_0 = []
         with models.using(params, old):
-            for s in chunks:                                           # one is scored while the next is sampled
-                x_0.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
-                                   run.rank * mine + s.start // cfg.group_size))
+            for s, groups in run.chunks(cfg.group_size):               # one is scored while the next is sampled
+                x_0.append(rollout(pipe, [c[s] for c in ctx], null, cfg, step, groups))
                 scoring.add(pipe.decode(x_0[-1]), prompts[s], metas[s])
         x_0 = torch.cat(x_0)                                           # (B, C, H, W)
         # 2. Reward
@@ -526,16 +520,14 @@ def train(cfg):
         if cfg.method == "diffusion-dpo":                              # Eq. [7]: two images a group
             keep, adv = best_and_worst(adv, G)
             x_0, ctx, G = x_0[keep], [c[keep] for c in ctx], 2
-            chunk = max(1, cfg.micro_batch // G)
         # 4. Update. One t and one eps a group; gradients of all chunks and draws add up to the mean over the batch.
         ref = {"start": start, "ema": ema, "old": old}[cfg.ref]
         kl_ref, clip_old = {"ref": ref, "start": start}[cfg.kl_ref], {"rollout": old, "ema": ema}[cfg.clip_old]
         total, logs = cfg.groups * G * cfg.timesteps, x_0.new_zeros(4)                     # logs: loss, kl, dsm, hold
         for update in range(cfg.updates):
             for draw in range(cfg.timesteps):
-                for g in range(0, mine, chunk):
-                    s, turn = slice(g * G, (g + chunk) * G), range(g, min(g + chunk, mine))
-                    keys = [(cfg.seed, step, run.rank * mine + j, update, draw) for j in turn]
+                for s, groups in run.chunks(G):
+                    keys = [(cfg.seed, step, g, update, draw) for g in groups]
                     t, eps = draw_noise(cfg, times, pipe.ddpm, keys, G, x_0)               # (n G,), (n G, C, H, W)
                     text = [c[s] for c in ctx]
                     logs[:3] += learn(net, params, ref, kl_ref, clip_old, x_0[s], eps, t, text, null, adv[s], G, total,

@@ -482,18 +482,18 @@ def hold_error(method, policy, reference, x_0, n, eps):
 
 
 @torch.no_grad()
-def rollout(pipe, prompts, ctx, null, cfg, step, group):
+def rollout(pipe, ctx, null, cfg, step, groups):
     """One chain for each image: states (n + 1, B, C, H, W), the image last, and logp {k: (B,)} of k = n .. 2.
 
-    states[n - k] is y_k (or x_k). Each group's noise is a function of (seed, step, group); group: the first's number.
+    states[n - k] is y_k (or x_k). Each group's noise is a function of (seed, step, group); groups: their numbers,
+    counted over all processes.
     """
     n, shape = cfg.sample_steps, (cfg.group_size, *pipe.latent_shape(cfg.resolution))
-    count, device, wide = len(prompts) // cfg.group_size, ctx[0].device, data.wide(cfg.dtype)
+    device, wide = ctx[0].device, data.wide(cfg.dtype)
 
     def draw(name):                                                    # (B, C, H, W)
-        return torch.cat([data.noise(shape, cfg.seed, step, group + g, name, device=device, dtype=wide)
-                          for g in range(count)])
-    pieces = [slice(i, i + cfg.micro_batch) for i in range(0, len(prompts), cfg.micro_batch)]      # as the update's
+        return torch.cat([data.noise(shape, cfg.seed, step, g, name, device=device, dtype=wide) for g in groups])
+    pieces = [slice(i, i + cfg.micro_batch) for i in range(0, len(ctx[0]), cfg.micro_batch)]       # as the update's
     answers = [answer_of(cfg.method, pipe.net, [c[p] for c in ctx], null, cfg.cfg_rollout) for p in pieces]
     state, logp = draw("start"), {}
     if cfg.method == "prox":                                           # y_N of x_N, Eq. [9]
@@ -612,8 +612,6 @@ def train_rl(cfg):
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
     warn_of_steps(cfg, run, pipe, "--candidates", candidates if cfg.hold else ())
-    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
-    mine = cfg.groups // run.world                                     # groups of this process
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
@@ -626,13 +624,11 @@ def train_rl(cfg):
 
     for step in run.steps():
         # 1. Roll out. A group never spans two processes.
-        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # (B, L, D)
-        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
-        parts = []
-        for s in chunks:                                               # one is scored while the next is sampled
-            parts.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, cfg, step,
-                                 run.rank * mine + s.start // cfg.group_size))
+        chunks, parts = run.chunks(cfg.group_size), []
+        for s, groups in chunks:                                       # one is scored while the next is sampled
+            parts.append(rollout(pipe, [c[s] for c in ctx], null, cfg, step, groups))
             scoring.add(pipe.decode(parts[-1][0][-1]), prompts[s], metas[s])
         states = torch.cat([part[0] for part in parts], 1)             # (n + 1, B, C, H, W)
         logp_old = {k: torch.cat([part[1][k] for part in parts]) for k in parts[0][1]}     # {k: (B,)}
@@ -647,7 +643,7 @@ def train_rl(cfg):
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
-            pieces = [slice(i, min(i + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
+            pieces = [slice(i, min(i + cfg.micro_batch, s.stop)) for s, _ in chunks    # the rollout's: in bf16 a result
                       for i in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(states[:, p], k, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[k][p]
@@ -674,7 +670,7 @@ def train_rl(cfg):
                     weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
                     few = few or [0]
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
-                    eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * mine * cfg.group_size + j, "hold",
+                    eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * len(prompts) + j, "hold",
                                                   device=run.device, dtype=states.dtype) for j in few])
                     held = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
                     (cfg.hold * held * weight).backward()

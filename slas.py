@@ -406,21 +406,20 @@ def transition(v, x, i, ts, noise_level, kind, eps=None, x_next=None):
 
 
 @torch.no_grad()
-def rollout(pipe, prompts, ctx, null, ts, window, cfg, step, group):
+def rollout(pipe, ctx, null, ts, window, cfg, step, groups):
     """One SDE trajectory an image: x (T + 1, B, C, H, W), logp {i: (B,)} of the SDE steps, and what is to be decoded.
 
     window: the indices of the SDE steps; the others are ODE steps. Each group's noise is a function of (seed, step,
-    group); group: the global number of the first one.
+    group); groups: their numbers, counted over all processes.
     """
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
-    count = len(prompts) // cfg.group_size
 
     def draw(name, shared=False):                                      # (B, C, H, W)
         size = shape[1:] if shared else shape
-        return torch.cat([data.noise(size, cfg.seed, step, group + g, name, device=device, dtype=wide).expand(shape)
-                          for g in range(count)])
+        return torch.cat([data.noise(size, cfg.seed, step, g, name, device=device, dtype=wide).expand(shape)
+                          for g in groups])
     xs, logps = [draw("start", cfg.shared_noise)], {}
-    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(prompts), cfg.micro_batch)]      # as the update's
+    pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(ctx[0]), cfg.micro_batch)]       # as the update's
     for i, t in enumerate(ts[:-1]):
         v = torch.cat([guided(pipe.net, xs[i][p], t, [c[p] for c in ctx], null, cfg.cfg_rollout, cfg.cfg_detach)
                        for p in pieces])
@@ -449,8 +448,6 @@ def train(cfg):
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
     dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # the others' std holds no sqrt(-dt)
-    chunk = max(1, cfg.micro_batch // cfg.group_size)                  # whole groups at once
-    mine = cfg.groups // run.world                                     # groups of this process
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
@@ -464,16 +461,14 @@ def train(cfg):
     for step in run.steps():
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
-        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: mine x G
+        prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
         window = range(first, first + length)                          # a window leaves out the last step, see below
-        chunks = [slice(g * cfg.group_size, (g + chunk) * cfg.group_size) for g in range(0, mine, chunk)]
-        parts = []
-        for s in chunks:                                               # one is scored while the next is sampled
-            parts.append(rollout(pipe, prompts[s], [c[s] for c in ctx], null, ts, window, cfg, step,
-                                 run.rank * mine + s.start // cfg.group_size))
+        chunks, parts = run.chunks(cfg.group_size), []
+        for s, groups in chunks:                                       # one is scored while the next is sampled
+            parts.append(rollout(pipe, [c[s] for c in ctx], null, ts, window, cfg, step, groups))
             scoring.add(pipe.decode(parts[-1][2]), prompts[s], metas[s])
         x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
         logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
@@ -503,7 +498,7 @@ def train(cfg):
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
-            pieces = [slice(k, min(k + cfg.micro_batch, s.stop)) for s in chunks       # the rollout's: in bf16 a result
+            pieces = [slice(k, min(k + cfg.micro_batch, s.stop)) for s, _ in chunks    # the rollout's: in bf16 a result
                       for k in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(x[:, p], i, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[i][p]

@@ -897,8 +897,8 @@ def test_dance_grpo_shares_a_groups_noise_and_scores_the_clean_estimate(flags, m
     seen = []
     honest = grpo.rollout
 
-    def spy(pipe, prompts, ctx, null, ts, window, cfg, *rest):
-        x, logps, clean = honest(pipe, prompts, ctx, null, ts, window, cfg, *rest)
+    def spy(pipe, ctx, null, ts, window, cfg, *rest):
+        x, logps, clean = honest(pipe, ctx, null, ts, window, cfg, *rest)
         seen.append((cfg, x, logps, clean, ts, grpo.guided(pipe.net, x[-2], ts[-2], ctx, null, 1)))
         return x, logps, clean
     monkeypatch.setattr(grpo, "rollout", spy)
