@@ -1208,6 +1208,17 @@ def noise(shape, *key, device="cpu", dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(mix(*key))).to(device, dtype)
 
 
+def noises(shape, keys, device="cpu", dtype=torch.float32):
+    """The noise of every key, (len(keys), *shape), drawn here and sent to the device at once."""
+    return sent(torch.stack([noise(shape, *key) for key in keys]), device, dtype)
+
+
+def sent(tensor, device, dtype=None):
+    """A tensor of the CPU's on a device. From pinned memory, a GPU fetches it when it comes to it: nobody waits."""
+    cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, dtype or tensor.dtype, non_blocking=cuda)
+
+
 def uniform(n, *key):
     """n uniform draws from [0, 1) as floats, a function of the key alone."""
     rng = random.Random(mix(*key))
@@ -1759,10 +1770,11 @@ class Run:
                 for g in range(0, mine, most)]
 
     def portions(self, update):
-        """The images of one of the updates, which share out whole groups, micro_batch at once: (indices, how many).
+        """The images of one of the updates, which share out whole groups, micro_batch at once: their indices in this
+        process's batch, as a tensor on its device and as a list.
 
-        The indices are of this process's batch. Shards want as many passes on every process: where images have run out
-        the first one stands for them, and none count.
+        Shards want as many passes on every process: where images have run out the list is empty, and the tensor has the
+        first one.
         """
         cfg, mine = self.cfg, self.cfg.groups // self.world
         turn = [j for j in range(mine * cfg.group_size)
@@ -1770,7 +1782,7 @@ class Run:
         most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)
         for k in range(0, most, cfg.micro_batch):
             some = turn[k:k + cfg.micro_batch]
-            yield some or [0], len(some)
+            yield sent(torch.tensor(some or [0]), self.device), some
 
     def mine(self, x):
         """This process's slice of a global batch, a tensor or a list."""

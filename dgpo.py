@@ -357,7 +357,7 @@ def sample(pipe, prompts, keys, cfg, scale):
     with models.merged(pipe.net, cfg.merge_lora):
         for i in range(0, len(prompts), cfg.micro_batch):
             ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
-            x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
+            x = data.noises(shape, some, ctx[0].device, wide)
             images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
 # == end ==
@@ -373,7 +373,7 @@ def rollout(pipe, ctx, null, cfg, step, groups):
     shape, device, wide = (cfg.group_size, *pipe.latent_shape(cfg.resolution)), ctx[0].device, data.wide(cfg.dtype)
 
     def draw(name):                                                    # (B, C, H, W)
-        return torch.cat([data.noise(shape, cfg.seed, step, g, name, device=device, dtype=wide) for g in groups])
+        return data.noises(shape, [(cfg.seed, step, g, name) for g in groups], device, wide).flatten(0, 1)
     x = draw("start")
     pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(x), cfg.micro_batch)]    # several: G > micro_batch
     with models.merged(pipe.net, cfg.merge_lora):
@@ -407,8 +407,8 @@ def draw_time(cfg, times, ddpm, seed, step, group, update, draw):
 
 def draw_noise(cfg, times, ddpm, keys, G, like):
     """One t and one eps for each group, Alg. 1, repeated for its G images: (n G,), (n G, C, H, W). keys: n groups'."""
-    t = torch.tensor([draw_time(cfg, times, ddpm, *key) for key in keys], device=like.device, dtype=like.dtype)
-    eps = torch.stack([data.noise(like.shape[1:], *key, "eps", device=like.device, dtype=like.dtype) for key in keys])
+    t = data.sent(torch.tensor([draw_time(cfg, times, ddpm, *key) for key in keys], dtype=like.dtype), like.device)
+    eps = data.noises(like.shape[1:], [(*key, "eps") for key in keys], like.device, like.dtype)
     return t.repeat_interleave(G), eps.repeat_interleave(G, 0)
 
 
@@ -461,9 +461,9 @@ def hold(net, params, start, x_0, eps, ctx, null, keys, G, total, cfg, ddpm):
     add to the mean, ().
     """
     log, below = x_0.new_zeros(()), min(cfg.hold_below, cfg.t_min)
-    t = x_0.new_tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")])             # (B,)
-    t = (t * 1000).floor() if ddpm else t
-    held = torch.arange(len(t)).view(-1, G)[:, ::4].flatten()          # images 0, 4, ... of each group; a pair's best
+    t = torch.tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")], dtype=x_0.dtype)      # (B,)
+    t = data.sent((t * 1000).floor() if ddpm else t, x_0.device)
+    held = torch.arange(len(t), device=t.device).view(-1, G)[:, ::4].flatten()          # images 0, 4, ... of each group; a pair's best
     n = total * len(held) // len(t)                                    # such images in the batch
     for few in held.split(cfg.micro_batch):
         x_t, text = noised(x_0[few], eps[few], t[few], ddpm), [c[few] for c in ctx]

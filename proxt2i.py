@@ -443,7 +443,7 @@ def sample(pipe, prompts, keys, cfg, scale):
             ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
 
             def draw(k):
-                return torch.stack([data.noise(shape, *key, k, device=device, dtype=wide) for key in some])
+                return data.noises(shape, [(*key, k) for key in some], device, wide)
             answer = answer_of(cfg.method, pipe.net, ctx, null, scale)
             x = run_chain(default_sampler(cfg), answer, draw("start"), cfg.eval_steps, draw)
             images.append(pipe.decode(x))
@@ -492,7 +492,7 @@ def rollout(pipe, ctx, null, cfg, step, groups):
     device, wide = ctx[0].device, data.wide(cfg.dtype)
 
     def draw(name):                                                    # (B, C, H, W)
-        return torch.cat([data.noise(shape, cfg.seed, step, g, name, device=device, dtype=wide) for g in groups])
+        return data.noises(shape, [(cfg.seed, step, g, name) for g in groups], device, wide).flatten(0, 1)
     pieces = [slice(i, i + cfg.micro_batch) for i in range(0, len(ctx[0]), cfg.micro_batch)]       # as the update's
     answers = [answer_of(cfg.method, pipe.net, [c[p] for c in ctx], null, cfg.cfg_rollout) for p in pieces]
     state, logp = draw("start"), {}
@@ -652,26 +652,26 @@ def train_rl(cfg):
         for update in range(cfg.updates):
             # The number of steps whose last landing this update holds.
             m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
-            for some, count in run.portions(update):                   # indices of its images; count 0: for shards only
-                share = count * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
-                text = [c[some] for c in ctx]
+            for some, own in run.portions(update):                     # indices of its images; own []: for shards only
+                share = len(own) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                part, text = states[:, some], [c[some] for c in ctx]
                 for k in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
                         with torch.no_grad(), models.using(params, start):
-                            _, mean_ref, _ = rescore(states[:, some], k, text, cfg.cfg_ref)
-                    logp, mean, std = rescore(states[:, some], k, text, cfg.cfg_train)
+                            _, mean_ref, _ = rescore(part, k, text, cfg.cfg_ref)
+                    logp, mean, std = rescore(part, k, text, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[k][some], adv[some], cfg.clip_range)     # Eq. (8)
                     kl = gaussian_kl(mean, mean_ref, std) if cfg.kl_beta else torch.zeros_like(loss)
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-                few = [j for j in some[:count] if j % cfg.group_size % HELD == 0]
+                few = [j for j in own if j % cfg.group_size % HELD == 0]
                 if cfg.hold and (few or cfg.fsdp):                     # Eq. (10), on a quarter of a group's images
                     weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
                     few = few or [0]
+                    keys = [(cfg.seed, step, run.rank * len(prompts) + j, "hold") for j in few]
+                    eps, few = data.noises(shape, keys, run.device, states.dtype), data.sent(torch.tensor(few), run.device)
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
-                    eps = torch.stack([data.noise(shape, cfg.seed, step, run.rank * len(prompts) + j, "hold",
-                                                  device=run.device, dtype=states.dtype) for j in few])
                     held = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
                     (cfg.hold * held * weight).backward()
                     logs[-1] += held.detach() * weight

@@ -379,7 +379,7 @@ def sample(pipe, prompts, keys, cfg, scale):
     with models.merged(pipe.net, cfg.merge_lora):
         for i in range(0, len(prompts), cfg.micro_batch):
             ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
-            x = torch.stack([data.noise(shape, *key, device=ctx[0].device, dtype=wide) for key in some])
+            x = data.noises(shape, some, ctx[0].device, wide)
             images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
     return torch.cat(images)
 # == end ==
@@ -416,8 +416,8 @@ def rollout(pipe, ctx, null, ts, window, cfg, step, groups):
 
     def draw(name, shared=False):                                      # (B, C, H, W)
         size = shape[1:] if shared else shape
-        return torch.cat([data.noise(size, cfg.seed, step, g, name, device=device, dtype=wide).expand(shape)
-                          for g in groups])
+        eps = data.noises(size, [(cfg.seed, step, g, name) for g in groups], device, wide)
+        return (eps[:, None].expand(-1, *shape) if shared else eps).flatten(0, 1)
     xs, logps = [draw("start", cfg.shared_noise)], {}
     pieces = [slice(k, k + cfg.micro_batch) for k in range(0, len(ctx[0]), cfg.micro_batch)]       # as the update's
     for i, t in enumerate(ts[:-1]):
@@ -506,14 +506,14 @@ def train(cfg):
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         norms = []                                                     # gradient norms of the updates that are made
         for update in range(cfg.updates):
-            for some, count in run.portions(update):                   # indices of its images; count 0: for shards only
-                share = count * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
-                text = [c[some] for c in ctx]
+            for some, own in run.portions(update):                     # indices of its images; own []: for shards only
+                share = len(own) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+                part, text = x[:, some], [c[some] for c in ctx]
                 for i in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
                         with torch.no_grad(), models.using(params, start):
-                            _, mean_ref, _, v_ref = rescore(x[:, some], i, text, cfg.cfg_ref)
-                    logp, mean, std, v = rescore(x[:, some], i, text, cfg.cfg_train)
+                            _, mean_ref, _, v_ref = rescore(part, i, text, cfg.cfg_ref)
+                    logp, mean, std, v = rescore(part, i, text, cfg.cfg_train)
                     loss, stats = policy_loss(logp, logp_old[i][some], adv[some], cfg.clip_range)  # Eq. (3)
                     kl = torch.zeros_like(loss)
                     if cfg.kl_beta:

@@ -52,7 +52,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def build(library):
-    """Compile what tells a CPU build of PyTorch, before it is imported, that CUDA devices are there and always ready."""
+    """Compile what tells a CPU build of PyTorch, before it is imported, that GPUs are there and always ready."""
     root = pathlib.Path(importlib.util.find_spec("torch").origin).parent
     source = pathlib.Path(library).with_suffix(".cpp")
     source.write_text(HOOKS)
@@ -180,9 +180,10 @@ def patch():
     T.__getitem__ = on_gpu(T.__getitem__, lambda t, args: (index(t, args[0]),))
     T.__setitem__ = on_gpu(T.__setitem__, lambda t, args: (index(t, args[0]), args[1]))
     T.tolist = lambda t: tolist(t.detach().cpu() if isinstance(t, OnGPU) else t)
+    T.pin_memory = lambda t, *_: t
     T.new_tensor = lambda t, x, **to: torch.tensor(x, **{"dtype": t.dtype, "device": t.device, **to})
 
-    def made(x, *args, device=None, **settings):
+    def made(x, *args, device=None, pin_memory=False, **settings):
         if device is None or torch.device(device).type != "cuda":
             return tensor(x, *args, device=device, **settings)
         return tensor(x, *args, **settings).to(device)
