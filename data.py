@@ -1247,6 +1247,10 @@ def cli(config, presets, argv=None, defaults=None):
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
     parser.error = refuse
     given = typed = vars(parser.parse_args(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):           # torchrun --max-restarts: the same words again
+        if "out" not in typed:
+            raise ValueError("a run that torchrun starts again goes on where it was only with --out")
+        typed["resume"] = typed.get("resume") or (pathlib.Path(typed["out"]) / "config.json").exists()
     if typed.get("resume"):                                            # what is not typed again stays what it was
         with contextlib.suppress(ValueError):                          # a run that is not there: Run says so
             given = settings_of(last_run(method_of(config), typed.get("out", "")), config) | {"out": ""} | typed
@@ -1540,7 +1544,7 @@ def join(device=None, alone=False):
         torch.cuda.set_device(device)
     if (world > 1 or alone) and not dist.is_initialized():
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(**backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(minutes=30))
     return rank, world, device
 
 
@@ -1628,7 +1632,9 @@ class Run:
         """
         self.pipe, self.sample, self.params, self.ema, self.opt, self.stream = pipe, sample, params, ema, opt, stream
         if rows:
-            self.prepare([*rows, *self.test, *self.val])
+            cfg, few = self.cfg, self.cfg.steps * self.cfg.groups < len(rows)              # so few steps: theirs alone
+            drawn = [row for step in range(cfg.steps) for row in self.drawn(rows, step)] if few else rows
+            self.prepare([*drawn, *self.test, *self.val])
         self.make_out()
         self.restore()
         if rows and self.cfg.eval_every and not self.state:
@@ -1750,13 +1756,16 @@ class Run:
 
     # -- exchange between processes: prompts, rewards, gradients, sums ------------------------------------------------
 
+    def drawn(self, rows, step):
+        """The prompts of a step, over all processes."""
+        return draw_prompts(rows, self.cfg.groups, mix(self.cfg.seed, step, "prompts"))
+
     def groups(self, rows, step):
         """This process's share of the prompts drawn for a step, cfg.groups in all, each group_size times.
 
         Returns the prompts and their rows.
         """
-        drawn = draw_prompts(rows, self.cfg.groups, mix(self.cfg.seed, step, "prompts"))
-        metas = [row for row in self.mine(drawn) for _ in range(self.cfg.group_size)]
+        metas = [row for row in self.mine(self.drawn(rows, step)) for _ in range(self.cfg.group_size)]
         return [row["prompt"] for row in metas], metas
 
     def chunks(self, group_size):
@@ -1980,10 +1989,18 @@ class Run:
             stream.restore(state["places"][self.rank])
 
     def prepare(self, rows):
-        """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts."""
-        self.pipe.prepare(["", *(row["prompt"] for row in rows)], self.cfg.text_cache, self.rank, self.world)
+        """Have the pipeline encode all prompts of a run, shared out over the processes, before training starts.
+
+        Raises ValueError where what another process has encoded is not to be seen.
+        """
+        prompts = sorted({"", *(row["prompt"] for row in rows)})
+        self.pipe.prepare(prompts, self.cfg.text_cache, self.rank, self.world)
         if self.world > 1:
             dist.barrier()
+            for prompt in prompts[:self.world]:                       # one of every process's
+                if not self.pipe.is_kept(prompt):
+                    raise ValueError(f"{self.pipe.folder} lacks what another process encoded: give --text-cache a "
+                                     f"folder that all machines share")
 
 
 def finite(value):

@@ -1559,6 +1559,10 @@ class TextToImage:
     def _file(self, prompt):
         return self.folder and self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
+    def is_kept(self, prompt):
+        """Can a prompt be had without the text encoders, or are they here?"""
+        return bool(self.encoders) or self._file(prompt).is_file()
+
     def _kept(self, prompt):
         """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""
         file = self._file(prompt)

@@ -53,6 +53,18 @@ def refused(capsys):
     return check
 
 
+@BOTH
+def test_torchrun_starts_again_where_a_run_was(module, small, refused, monkeypatch):
+    """--max-restarts types the same words again; where nothing had begun they begin."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    refused(module, small[:-2], "only with --out")
+    module.main(small)
+    module.main([*small, "--steps", "2"])
+    assert [json.loads(row)["step"] for row in open("out/metrics.jsonl")] == [1, 2]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    refused(module, small, "already holds a run")
+
+
 def snapshot(folder):
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 

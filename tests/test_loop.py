@@ -662,6 +662,30 @@ def test_a_resume_by_other_ops_says_so(flags, capsys):
     assert "until here fused ops: of another machine, from here fused ops: " in capsys.readouterr().out
 
 
+@BOTH
+def test_few_steps_encode_their_prompts_alone(module, flags, monkeypatch):
+    """FLUX takes 4 MB a prompt: 2 steps of 2 groups want 4 of the training prompts, many steps all of them."""
+    prepared, asked, encode = [], set(), models.TextToImage.encode_text
+    monkeypatch.setattr(models.TextToImage, "prepare", lambda self, prompts, *_: prepared.append(set(prompts)))
+    monkeypatch.setattr(models.TextToImage, "encode_text", lambda self, prompts: (asked.update(prompts),
+                                                                                  encode(self, prompts))[1])
+    run(module, flags())
+    assert asked <= prepared[0] and len(prepared[0]) < 40
+    run(module, flags(out="b", steps=10000, minutes=1e-9))
+    assert {row["prompt"] for row in data.prompts("shapes", "train")} <= prepared[1]
+
+
+def test_features_that_another_machine_keeps_to_itself(monkeypatch):
+    monkeypatch.setattr(data.dist, "barrier", lambda: None)
+    one = data.Run.__new__(data.Run)
+    one.cfg, one.rank, one.world = types.SimpleNamespace(text_cache=""), 0, 2
+    one.pipe = types.SimpleNamespace(prepare=lambda *_: None, is_kept=lambda prompt: prompt != "a", folder="here")
+    with pytest.raises(ValueError, match="here lacks what another process encoded"):
+        one.prepare([{"prompt": "b"}, {"prompt": "a"}])
+    one.pipe.is_kept = lambda prompt: True
+    one.prepare([{"prompt": "b"}, {"prompt": "a"}])
+
+
 def test_no_pass_is_larger_than_the_micro_batch(flags, monkeypatch):
     """Of the network, training and rolling out, even where a group is larger."""
     sizes, forward = set(), models.MMDiT.forward
