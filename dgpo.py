@@ -2,20 +2,20 @@
 
 Sample a group of images per prompt with a fast ODE, score them, and teach the network to denoise the better ones better
 than the reference does, the worse ones worse. No stochastic policy, no log-probs, no trajectory to store.
-Paper: Luo et al., DGPO, arXiv:2510.08425. (n) is this file's number, [n] the paper's.
+Paper: Luo et al., arXiv:2510.08425. (n) is this file's number, [n] the paper's. B = P G images: P prompts, G of each.
 
     (1) [12]      A_i = (r_i - mean_g r) / std_g r                                                  group_advantage
-    (2) [13, 14]  G+ = {A > 0}, G- = {A <= 0}, w = |A|: both signs at once in  sum_i A_i (...)          dgpo_loss
+    (2) [13, 14]  G+ = {A > 0}, G- = {A <= 0}, w = |A|: sum_G+ w (.) - sum_G- w (.) = sum_i A_i (.)     dgpo_loss
     (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
     (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below              learn, hold
 
-Departs from the paper: l is a mean, not a sum, over the latent's D dimensions; beta is the paper's times T, G and D, as
-in the released code; the loss is divided by beta, so that kl_beta means the same for every beta. (6)'s KL, the PPO-like
-clip of l, the cut of advantages and timesteps from the sampler's grid are the released code's, (6)'s hold is ours; all
-are flags. The tiny preset's reference is the slow moving average of the weights, not the frozen start: README, "What
-keeps DGPO stable".
+Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -(l - l_ref); (4) says that G+
+beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops out.
+Departs from the paper: l is a mean over the latent's D dimensions; beta is the paper's times T, G and D, as in the
+released code; the loss is divided by beta. (6)'s KL, the clip of l, the cut of advantages and times from the sampler's
+grid are the released code's; hold and the tiny preset's moving reference are ours: README, "What keeps DGPO stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
@@ -43,7 +43,7 @@ class Config:
     preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
-    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
@@ -60,7 +60,7 @@ class Config:
     schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
-    beta: float = 100.0                 # Eq. (4); 10 hacks rewards: the paper's App. D            [released code]
+    beta: float = 100.0                 # Eq. (4); App. D: 10, trained longer, hacks the reward    [released code]
     dsm: str = "v"                      # lambda_t of Eq. (3): v (1/t^2, released code), x0 (1), elbo ((1-t)/t^3)
     t_min: float = 0.5                  # timestep clip: t ~ U[t_min, 1]; 0: none       [paper, Sec. 3.2, no value]
     timesteps: int = 1                  # draws of (t, eps) for each group and update              [released code: 4]
@@ -71,13 +71,13 @@ class Config:
     ema: float = 0.98                   # decay of the moving average, per update; evaluated and saved (0: off)
     ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
     rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 500]
-    clip_range: float = 0.0             # no gradient once exp(l_old - l) leaves 1 +- c; 0: off    [released code: 1e-2]
+    clip_range: float = 0.0             # no gradient past exp(l_old - l) = 1 +- c, A's way; 0: off    [released: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
     kl_ref: str = "ref"                 # v_ref of the KL: theta_ref's (ref), or start's       [released code: start]
     hold: float = 0.1                   # weight of (6)'s hold: the sampler's last steps stay what they were; 0: off
-    hold_below: float = 0.25            # the times that it holds, and none from t_min on
-    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
+    hold_below: float = 0.25            # hold acts at times below this, and only below t_min
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
     adv_std: str = "group"              # (1): group, batch or none    [released code: group; OCR, PickScore: batch]
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the trained network in the loss
@@ -88,7 +88,7 @@ class Config:
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
     weight_decay: float = 1e-4          # AdamW                                                    [released code]
-    max_grad_norm: float = 0.05         # gradients are clipped to it, twice the usual norm here   [released code: 1]
+    max_grad_norm: float = 0.05         # gradients are clipped to it; norms here are .02 to .06   [released code: 1]
     micro_batch: int = 96               # images at once in the network; rewards see whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
@@ -107,7 +107,7 @@ class Config:
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/dgpo-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
-    fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
+    fused: bool = True                  # compiled ops where built; --fused: build them first; --no-fused: plain PyTorch
 
     def __post_init__(self):
         data.check(self, words=dict(method=("dgpo", "diffusion-dpo"), dsm=("v", "x0", "elbo"),
@@ -239,8 +239,8 @@ def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
-    float64 for a float64 network.
+    for ""; detach: two separate passes, the unconditional one without gradients. Returns the velocity or noise in
+    float32, or float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -413,7 +413,7 @@ def draw_noise(cfg, times, ddpm, keys, G, like):
 
 
 def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, total, cfg, ddpm):
-    """Add the gradient of whole groups to the parameters': Eq. (4) over beta, and the KL, as shares of a batch's means.
+    """Add the gradient of Eq. (4) / beta + kl_beta KL for whole groups, weighted so that chunks add up to the mean.
 
     ref, kl_ref, clip_old: the weights of the reference, the KL's, the clip's; x_0, eps: (B, C, H, W); t, adv: (B,);
     total: images in the batch. Returns what these images add to the means of loss, KL and denoising loss, (3,).
@@ -428,7 +428,7 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
         return dsm_loss(v, x_0[p], eps[p], t[p], cfg.dsm, ddpm)
 
     def by(weights, scale):                                            # (B, C, H, W), without gradients
-        with torch.no_grad(), models.using(params, weights):
+        with torch.no_grad(), models.using(params, weights):           # the same network, other weights in it
             return torch.cat([velocity(scale, p) for p in pieces])
     v_ref = by(ref, cfg.cfg_ref)
     v_kl, dsm_ref = v_ref if kl_ref is ref else by(kl_ref, cfg.cfg_ref), dsm_of(v_ref)
@@ -461,9 +461,9 @@ def hold(net, params, start, x_0, eps, ctx, null, keys, G, total, cfg, ddpm):
     add to the mean, ().
     """
     log, below = x_0.new_zeros(()), min(cfg.hold_below, cfg.t_min)
-    t = torch.tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")], dtype=x_0.dtype)      # (B,)
-    t = data.sent((t * 1000).floor() if ddpm else t, x_0.device)
-    held = torch.arange(len(t), device=t.device).view(-1, G)[:, ::4].flatten()          # images 0, 4, ... of each group; a pair's best
+    t = torch.tensor([u * below for key in keys for u in data.uniform(G, *key, "hold")], dtype=x_0.dtype)
+    t = data.sent((t * 1000).floor() if ddpm else t, x_0.device)       # (B,)
+    held = torch.arange(len(t), device=t.device).view(-1, G)[:, ::4].flatten()             # images 0, 4, ... of a group
     n = total * len(held) // len(t)                                    # such images in the batch
     for few in held.split(cfg.micro_batch):
         x_t, text = noised(x_0[few], eps[few], t[few], ddpm), [c[few] for c in ctx]
@@ -499,9 +499,9 @@ def train(cfg):
     for step in run.steps():
         # 1. Roll out with theta-. A group never spans two processes.
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
-        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
-        who = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"
-        old = {"current": None, "ema": ema, "start": start}[who]
+        ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
+        source = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"   # whose weights sample
+        old = {"current": None, "ema": ema, "start": start}[source]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
             old = [p.detach().clone() for p in old or params]
         x_0 = []
@@ -539,8 +539,8 @@ def train(cfg):
                 decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
         # 5. Report
-        loss, kl, dsm, moved = (run.sum(logs) / cfg.updates).tolist()
-        run.report(len(reward), row | {"loss": loss, "kl": kl, "dsm": dsm, "hold": moved, "grad_norm": grad_norm})
+        loss, kl, dsm, held = (run.sum(logs) / cfg.updates).tolist()
+        run.report(len(reward), row | {"loss": loss, "kl": kl, "dsm": dsm, "hold": held, "grad_norm": grad_norm})
     data.finish(run, start)
 
 

@@ -6,7 +6,7 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
-    (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
+    (3) [7]  L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i),  q_i = exp(logp - logp_old)             policy_loss
     (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
 
 Departs from Flow-GRPO's paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released
@@ -37,7 +37,7 @@ class Config:
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
-    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
@@ -64,7 +64,7 @@ class Config:
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
     ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
-    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
     adv_std: str = "group"              # (1): group (paper), batch (released code) or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
@@ -95,7 +95,7 @@ class Config:
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/grpo-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
-    fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
+    fused: bool = True                  # compiled ops where built; --fused: build them first; --no-fused: plain PyTorch
 
     def __post_init__(self):
         data.check(self, words=dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
@@ -160,7 +160,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
-    ratio = (logp - logp_old).clamp(max=20).exp()                      # r_i  (B,), finite where A = 0, or clipped
+    ratio = (logp - logp_old).clamp(max=20).exp()                      # q_i  (B,); capped: inf * 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
@@ -198,8 +198,8 @@ def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
-    float64 for a float64 network.
+    for ""; detach: two separate passes, the unconditional one without gradients. Returns the velocity or noise in
+    float32, or float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -384,13 +384,13 @@ def train(cfg):
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
-    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # the others' std holds no sqrt(-dt)
+    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: std has no dt in it
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
 
     def rescore(x, i, text, scale):
-        """Step i of stored x (T + 1, n, C, H, W), text: their ctx, by the weights of now: logp (n,), mean, std, v."""
+        """Step i of stored x (T + 1, n, C, H, W) under the current weights; text: its ctx. logp (n,), mean, std, v."""
         v = guided(net, x[i], ts[i], text, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
@@ -399,7 +399,7 @@ def train(cfg):
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
-        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
+        ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
         window = range(first, first + length)                          # a window leaves out the last step, see below
@@ -443,8 +443,8 @@ def train(cfg):
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[i][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-            if not checked:                                            # and so must the update's own passes, in bf16
-                data.check_ratio(run, differences, stop=False)         # but to its precision
+            if not checked:                                            # the update's own passes must agree, too,
+                data.check_ratio(run, differences, stop=False)         # in bf16 up to its rounding
                 checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema and run.count["updates"] % cfg.ema_every == 0:

@@ -6,10 +6,10 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
-    (3) [7]  L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i),  r_i = exp(logp - logp_old)             policy_loss
+    (3) [7]  L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i),  q_i = exp(logp - logp_old)             policy_loss
     (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
 Sun et al., SLAS, arXiv:2605.10937, "Power Reinforcement Post-Training of Text-to-Image Models", has its own [n]:
-    (5) [9]  dr_i = r_i - mean_g r: to divide by std_g r, as (1) does, inflates what hardly differs  group_advantage
+    (5) [9]  dr_i = r_i - mean_g r; dividing it by std_g r, as (1), blows up near-equal rewards      group_advantage
     (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
     (7) [83] E|dr|^(2(1+gamma)) <= 2 delta / (eta^2 lambda_max G2)                                         max_gamma
 (6), a = dr: the step d, int d = 0, that maximises int d a - |d|^2 / 2, |d|^2 = int d^2 / (pi |a|^gamma) [17, 18], has
@@ -19,7 +19,7 @@ maximiser only where E sign(a) |a|^(1+gamma) = 0: gamma = 0 [15] or symmetric a.
 (7): a step eta g, g = E A grad log pi, moves the policy by KL <= eta^2/2 lambda_max |g|^2, lambda_max that of the
 Fisher matrix, and |g|^2 <= E A^2 G2 (Cauchy-Schwarz), G2 = E |grad log pi|^2: a trace, which the norm of a batch's mean
 gradient does not bound. So E A^2 <= 2 delta / (eta^2 lambda_max G2) keeps KL <= delta, in nats per latent dimension and
-step, as log pi here. Adam's step hardly depends on |g|: its eta is |dtheta| / |g|, logged with the KL and its bound.
+step. Its eta for Adam: |dtheta| / |g|. All are estimates on --fisher-images, lambda_max from below: no guarantee.
 
 Departs from Flow-GRPO's paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released
 code lacks the dt of the true Gaussian KL (--kl-form names the three in use).
@@ -49,7 +49,7 @@ class Config:
     preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
-    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
@@ -76,13 +76,13 @@ class Config:
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
     ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
-    adv_clip: float = 5.0               # advantages are cut to +- this                            [released code]
-    gamma: str = "1"                    # in (6), 0 or more; auto: the most that (7) allows, --adv-std before  [ours]
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
+    gamma: str = "1"                    # in (6), 0 or more; auto: the most that (7) allows, --adv-std before     [ours]
     kl_budget: float = 1.0              # delta in (7); the bound is far above the KL that is measured  [ours]
     fisher_every: int = 10              # rollouts between estimates of lambda_max and G2; 0: none, and no KL logged
     fisher_images: int = 4              # about so many images to measure these and the KL on, one a process or more
     recenter: bool = False              # (6) by the true maximiser, with lam                      [paper: without]
-    adv_std: str = ""                   # the batch's std divides before (6), after, batch (both), none; empty: batch
+    adv_std: str = ""                   # dr's std divides before (6), after, batch (both), none; empty: batch
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
     cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass     [released code: True]
@@ -112,7 +112,7 @@ class Config:
     seed: int = 0                       # everything random is a function of (seed, step, group)
     out: str = ""                       # the run's folder; empty: a free runs/slas-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
-    fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
+    fused: bool = True                  # compiled ops where built; --fused: build them first; --no-fused: plain PyTorch
 
     def __post_init__(self):
         data.check(self, words=dict(method=("flow", "dance"), sde=("", "flow", "dance", "cps", "ddim"),
@@ -223,7 +223,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
-    ratio = (logp - logp_old).clamp(max=20).exp()                      # r_i  (B,), finite where A = 0, or clipped
+    ratio = (logp - logp_old).clamp(max=20).exp()                      # q_i  (B,); capped: inf * 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
@@ -261,8 +261,8 @@ def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
     x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for ""; detach: the unconditional pass alone, without gradients. Returns the velocity or noise in float32, or
-    float64 for a float64 network.
+    for ""; detach: two separate passes, the unconditional one without gradients. Returns the velocity or noise in
+    float32, or float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -447,13 +447,13 @@ def train(cfg):
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
-    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # the others' std holds no sqrt(-dt)
+    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: std has no dt in it
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
 
     def rescore(x, i, text, scale):
-        """Step i of stored x (T + 1, n, C, H, W), text: their ctx, by the weights of now: logp (n,), mean, std, v."""
+        """Step i of stored x (T + 1, n, C, H, W) under the current weights; text: its ctx. logp (n,), mean, std, v."""
         v = guided(net, x[i], ts[i], text, null, scale, cfg.cfg_detach)                 # (n, C, H, W)
         _, logp, mean, std = transition(v, x[i], i, ts, cfg.noise_level, kind, x_next=x[i + 1])
         return logp, mean, std, v
@@ -462,7 +462,7 @@ def train(cfg):
         # 1. Roll out. A group never spans two processes.
         x = logp_old = None                                            # frees the last rollout before the next is made
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
-        ctx = pipe.encode_text(prompts)                                # (B, L, D), (B, P)
+        ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
         window = range(first, first + length)                          # a window leaves out the last step, see below
@@ -478,7 +478,7 @@ def train(cfg):
         del parts                                                      # their trajectories live on in x alone
         # 2. Reward
         reward = scoring.result()                                      # (all B,)
-        # 3. Advantage, over the whole batch of all processes; each keeps its slice. First the trust region.
+        # 3. Advantage, over the whole batch of all processes; each keeps its slice. First (7)'s estimates.
         few = list(range(0, len(prompts), max(1, len(prompts) * run.world // cfg.fisher_images)))
 
         def policy(i, j=few):                                          # logp, mean, std, v of step i as the weights are
@@ -521,8 +521,8 @@ def train(cfg):
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[i][some])
                     logs += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-            if not checked:                                            # and so must the update's own passes, in bf16
-                data.check_ratio(run, differences, stop=False)         # but to its precision
+            if not checked:                                            # the update's own passes must agree, too,
+                data.check_ratio(run, differences, stop=False)         # in bf16 up to its rounding
                 checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             norms += [] if run.skipped else [grad_norm]

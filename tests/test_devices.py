@@ -1,4 +1,4 @@
-"""The scripts, and rewards, on tensors that claim to be on a GPU: nothing stays behind on the CPU. See tests/devices.py."""
+"""The scripts and rewards on tensors that claim to be on a GPU: nothing stays behind on the CPU. See devices.py."""
 import functools
 import json
 import os
@@ -126,7 +126,8 @@ def test_rewards(clip_home, detector_home, run, tmp_path, monkeypatch):  # noqa:
     cases += [("geneval", detector_home, "float32", drawn, [""] * 4, detector.METAS),
               ("tiny-clip", None, "float32", world, [row["prompt"] for row in rows], rows),
               ("shapes", None, "float32", world, [row["prompt"] for row in rows], rows)]
-    cases += [(name, None, "float32", signs, [f'"{text}"' for text in TEXTS[:3]], [{}] * 3) for name in ("ocr", "ocr-gold")]
+    words = [f'"{text}"' for text in TEXTS[:3]]
+    cases += [(name, None, "float32", signs, words, [{}] * 3) for name in ("ocr", "ocr-gold")]
     small, saved = rewards.ImageReward, []
     monkeypatch.setattr(rewards, "ImageReward", lambda: small(**clips.WORDED))
     for name, where, dtype, images, prompts, metas in cases:
@@ -141,7 +142,7 @@ def test_rewards(clip_home, detector_home, run, tmp_path, monkeypatch):  # noqa:
 
 
 def test_what_stays_behind_is_found(run, tmp_path):
-    """A tensor made without its device, the usual slip, indices on the GPU of one that is not, a picture not fetched."""
+    """A tensor made without its device, the usual slip; indices on the GPU of one not there; a picture not fetched."""
     for body, words in (("torch.ones(3, device='cuda') + torch.ones(3)", "two devices"),
                         ("torch.ones(3)[torch.ones(3, device='cuda') > 0]", "two devices"),
                         ("torch.ones(3, device='cuda').numpy()", "numpy() is not supported")):

@@ -268,6 +268,18 @@ def test_checkpointing_computes_twice_and_changes_no_gradient(name, layer):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("name, layer, tensor", (
+    ("mmdit", "transformer_blocks.1", 0), ("flux-dev", "transformer_blocks.0", 0), ("t5", "encoder.block.1", 1),
+    ("flux-dev", "single_transformer_blocks.1", 0), ("sd1", "up_blocks.1.attentions.0.transformer_blocks.0.norm2", 0)))
+def test_tensors_lie_in_memory_as_they_are_read(name, layer, tensor):
+    """Tokens, which would else be copied at each read, and T5's bias, which fused attention on CUDA wants so."""
+    kind, config, _ = CASES[name]
+    net, seen = redraw(kind(**config), kind), []
+    net.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[tensor].is_contiguous()))
+    outputs(net, *inputs(name))
+    assert seen and all(seen)
+
+
 PUBLIC = {                                                              # class, config, parameters, tensors
     "FLUX.1-dev": (Flux, dict(guidance_embeds=True), 11_901_408_320, 1160),
     "SD1.4": (UNet, dict(cross_attention_dim=768, sample_size=64), 859_520_964, 686),
