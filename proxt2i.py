@@ -1,9 +1,9 @@
 """ProxT2I: text to image by learned proximal operators, and GRPO on the sampler's own chain, in one file.
 
-A score sampler walks the reverse diffusion forwards: it trusts the slope where it stands. A proximal sampler takes the
-step backwards: it adds the step's noise first, then lands where the slope at the landing point explains the step. That
-point is a proximal operator of the log-density, and a network can learn it. Few steps suffice, and the chain is random
-by itself, so that policy gradients need no noise of their own.
+A score sampler steps forwards, by the slope where it stands: x' = x + gamma (x/2 + score(x)) + noise. A proximal
+sampler adds the noise first (y) and goes by the slope where it lands: x' = y + lam score(x'). That x' is the proximal
+operator prox(y; t, lam) = argmin_u |u - y|^2 / 2 - lam ln p_t(u), and a network can learn it. Few steps suffice, and
+the chain is random by itself, so that policy gradients need no noise of their own.
 Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is this file's number, [n] the paper's.
 
     (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral over a step    beta_integral
@@ -11,16 +11,16 @@ Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is
     (3) [8]    y = X_t + sqrt(lam) eps; the network predicts (y - prox) / sqrt(lam), so its target is eps         train
     (4) [4, 6] y = (1 + gamma/2) x + sqrt(gamma) xi,  x' = prox(y; t', gamma)                          pda_hybrid_step
     (5) [3.1]  y = (x + sqrt(gamma) xi) / (1 - gamma/2),  x' = prox(y; t', gamma / (1 - gamma/2))             pda_step
-    (6) [7]    f = prox_null + s (prox_text - prox_null); the paper's omega is s - 1                            guided
+    (6) [7]    f = prox_null + w (prox_text - prox_null), w = 1 + omega, the paper's omega                      guided
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
-    (8) [A]    L = -mean_i min(r_i A_i, clip(r_i, 1-c, 1+c) A_i) + beta_KL KL               policy_loss, gaussian_kl
+    (8) [A]    L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i) + beta_KL KL, q_i: ratio   policy_loss, gaussian_kl
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
     (10)       L_hold = |f(y; 0, lam) - f_ref|^2, y = x_0 + sqrt(lam) eps: it has no log-prob            hold_error
 
-Eqs. (9) and (10) are ours. Which part of y's noise is eps and which X_t's own is a toss, and with the target eps this
-toss is most of the loss; v asks only what y tells about x_0, and E[eps | y, x_0] follows in closed form. A small zeta
-then finds the mode of x_0 given y and lands at E[X_t | y, x_0] of it: the proximal operator at t = 0 and for Gaussian
-data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
+Eqs. (9) and (10) are ours. With eps as the target most of the loss is chance: y does not show which part of its noise
+is eps and which was in X_t before. v asks only for x_0 given y; E[eps | y, x_0] then follows in closed form. With a
+small zeta the network finds the mode x_0* of x_0 given y, and the step lands at E[X_t | y, x_0*]: the proximal operator
+at t = 0 and for Gaussian data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
 Slips in the paper's text, put right here: gamma below [2] and PDA's proximal operator lack a minus sign, the display
 before [6] halves gamma times the score, [A] sums down to k = 1, which has no density. Departs from it: gamma is beta's
 integral over a step, not beta at its start times its length; (2) is taken on the residual, as ProxDM's, which is [8]
@@ -61,7 +61,7 @@ class Config:
     preset: str = ""                    # tiny, paper, or official, the same: no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
-    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict
+    gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
@@ -70,7 +70,7 @@ class Config:
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # N, steps of a rollout                                    [paper, App. C]
     eval_steps: int = 10                # the same for evaluation
-    sampler: str = ""                   # hybrid, pda; of a score model sde, sde-mean, ode, dpm; empty: --scheme's, dpm
+    sampler: str = ""                   # prox: hybrid, pda; score: sde, sde-mean, ode, dpm; empty: --scheme's, or dpm
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # more models, a comma between: names or directories, prox or score
     compare_rewards: str = ""           # more rewards that `compare` reports, a comma between
@@ -96,7 +96,7 @@ class Config:
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, App. C]
     hold: float = 1.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
-    adv_clip: float = 5.0               # advantages are cut to +- this                            [released GRPO code]
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [paper: 5]
@@ -126,7 +126,7 @@ class Config:
     seed: int = 0                       # everything random is a function of (seed, step, group; in training: rank)
     out: str = ""                       # the run's folder; empty: a free runs/proxt2i-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
-    fused: bool = True                  # the compiled ops once built; --fused: build them now; --no-fused: the twins
+    fused: bool = True                  # compiled ops where built; --fused: build them first; --no-fused: plain PyTorch
 
     def __post_init__(self):
         data.check(self, words=dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
@@ -159,7 +159,7 @@ class Config:
                 pda_lambdas(n)
 
 
-HELD = 4                              # every fourth image of a group holds the last landing, Eq. (10)
+HOLD_EVERY = 4                              # every fourth image of a group holds the last landing, Eq. (10)
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and the method of the networks that they take;
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}   # sde-mean: the last noise left out
 SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
@@ -266,7 +266,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
     Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
     """
-    ratio = (logp - logp_old).clamp(max=20).exp()                      # r_i  (B,), finite where A = 0, or clipped
+    ratio = (logp - logp_old).clamp(max=20).exp()                      # q_i  (B,); capped: inf * 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
     return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
@@ -355,8 +355,8 @@ def run_chain(name, answer, x, n, draw):
 def guided(net, x, t, lam, ctx, null, scale):
     """The network with classifier-free guidance, Eq. (6): uncond + scale (cond - uncond). Two passes in one, or one.
 
-    x (B, C, H, W); t, lam (None for a score model): numbers, or (B,). Since prox = y - sqrt(lam) net, guiding the
-    network's answer is guiding the proximal operator. Returns float32, or float64 for a float64 network.
+    x (B, C, H, W); t, lam (None for a score model): numbers, or (B,). As prox is affine in the network's answer,
+    guiding this is guiding the proximal operator. Returns float32, or float64 for a float64 network.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -512,19 +512,19 @@ def rollout(pipe, ctx, null, cfg, step, groups):
 
 # ============================================================================================================== train
 
-def matching_loss(cfg, share, pred, target, width):
-    """The loss of training after `share` of the steps, (): L1 in the warm-up, then Eq. (2); squared error for a score.
+def matching_loss(cfg, progress, pred, target, width):
+    """The loss of training, (): L1 in the warm-up, then Eq. (2); squared error for a score. progress: in [0, 1).
 
     pred, target: (B, C, H, W), what the network answers; width: (B,), how far one unit of it moves the proximal
     operator, sqrt(lam) in Eq. (3).
     """
     if cfg.method == "score":
         return (pred - target).square().mean()
-    if share < cfg.warmup:
+    if progress < cfg.warmup:
         return (pred - target).abs().mean()
-    zeta, share = cfg.zeta, (share - cfg.warmup) / (1 - cfg.warmup + 1e-9)
+    zeta, progress = cfg.zeta, (progress - cfg.warmup) / (1 - cfg.warmup + 1e-9)
     if cfg.zeta_start:
-        zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * share
+        zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * progress
     if cfg.zeta_space == "x":                                          # |prox - X_t|, with v |prox - E[X_t | y, x_0]|
         pred, target = (width[:, None, None, None] * part for part in (pred, target))
     return prox_matching_loss(pred, target, zeta).mean()
@@ -580,14 +580,14 @@ def train(cfg):
             target = (a * scaled - x_0) / sigma
             width = width if lam is None else lam / (1 + lam).sqrt() * (a / sigma).flatten()
         # 3. Loss and update
-        share, total = step / cfg.steps, 0.0
+        progress, total = step / cfg.steps, 0.0
         for k in range(0, mine, cfg.micro_batch):
             s = slice(k, k + cfg.micro_batch)
             pred = guided(net, scaled[s], t[s], None if lam is None else lam[s], [c[s] for c in ctx], null, 1.0)
-            loss = matching_loss(cfg, share, pred, target[s], width[s]) * len(pred) / cfg.batch
+            loss = matching_loss(cfg, progress, pred, target[s], width[s]) * len(pred) / cfg.batch
             loss.backward()
             total = total + loss.detach()
-        fall = (1 - share + 1 / cfg.steps) / cfg.cooldown if cfg.cooldown else 1.0
+        fall = (1 - progress + 1 / cfg.steps) / cfg.cooldown if cfg.cooldown else 1.0
         rate = cfg.lr * min(1.0, (step + 1) / 200, fall)               # warms up, cools down
         grad_norm = run.update(opt, params, cfg.max_grad_norm, rate)
         if ema:
@@ -617,7 +617,7 @@ def train_rl(cfg):
     checked = False
 
     def rescore(states, k, text, scale):
-        """Step k of stored states (n + 1, b, C, H, W), text: their ctx, by the weights of now: logp (b,), mean, std."""
+        """Step k of stored states (n + 1, b, C, H, W) by the current weights; text: its ctx. logp (b,), mean, std."""
         mean, std = kernel(cfg.method, answer_of(cfg.method, net, text, null, scale), states[n - k], k, n)
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std
@@ -665,18 +665,19 @@ def train_rl(cfg):
                     ((loss + cfg.kl_beta * kl) * share).backward()
                     differences.append(logp.detach() - logp_old[k][some])
                     logs[:-1] += torch.stack([loss.detach(), kl.detach(), *stats.values()]) * share
-                few = [j for j in own if j % cfg.group_size % HELD == 0]
+                few = [j for j in own if j % cfg.group_size % HOLD_EVERY == 0]
                 if cfg.hold and (few or cfg.fsdp):                     # Eq. (10), on a quarter of a group's images
-                    weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HELD))
+                    weight = len(few) * cfg.updates / (cfg.groups * -(-cfg.group_size // HOLD_EVERY))
                     few = few or [0]
                     keys = [(cfg.seed, step, run.rank * len(prompts) + j, "hold") for j in few]
-                    eps, few = data.noises(shape, keys, run.device, states.dtype), data.sent(torch.tensor(few), run.device)
+                    eps = data.noises(shape, keys, run.device, states.dtype)
+                    few = data.sent(torch.tensor(few), run.device)
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
-                    held = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
-                    (cfg.hold * held * weight).backward()
-                    logs[-1] += held.detach() * weight
-            if not checked:                                            # and so must the update's own passes, in bf16
-                data.check_ratio(run, differences, stop=False)         # but to its precision
+                    hold_loss = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
+                    (cfg.hold * hold_loss * weight).backward()
+                    logs[-1] += hold_loss.detach() * weight
+            if not checked:                                            # the update's own passes must agree, too,
+                data.check_ratio(run, differences, stop=False)         # in bf16 up to its rounding
                 checked = True
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
@@ -772,11 +773,14 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     stage = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     with data.exit_codes():
-        if any(word.split("=")[0] == "--stage" for word in argv):
+        typed = {word.split("=")[0] for word in argv}
+        if "--stage" in typed:
             raise ValueError(f"--stage is the command's first word: python proxt2i.py {', '.join(STAGES)}")
         data.choose("stage", stage, ("", *STAGES))
+        if "--sample-steps" in typed and stage in ("sample", "compare"):
+            raise ValueError("--sample-steps is RL's: sample takes --eval-steps, compare --compare-steps")
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
-        if not stage and not cfg.resume and not {"--steps", "--minutes"} & {word.split("=")[0] for word in argv}:
+        if not stage and not cfg.resume and not {"--steps", "--minutes"} & typed:
             return quick_start(cfg)
         {"rl": train_rl, "train": train, "finetune": train, "sample": sample_stage, "compare": compare}[cfg.stage](cfg)
 

@@ -537,6 +537,7 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["--stage", "train"], "--stage is the command's first word"), (["rl", "--stage=sample"], "--stage is the"),
     (["compare", "--compile"], "--compile is for training"),
     (["sample", "--lora-rank", 2], "--lora-rank is for training"),
+    (["sample", "--sample-steps", 4], "--eval-steps"), (["compare", "--sample-steps=4"], "--compare-steps"),
     (["compare", "--compare-cfg", "1,x"], "--compare-cfg '1,x'"),
     (["rl", "--scheme", "halfway"], "--scheme 'halfway' is unknown: hybrid, pda"),
     (["rl", "--sampler", "halfway"], "--sampler 'halfway' is unknown: hybrid, pda, sde, sde-mean, ode, dpm"),
