@@ -1631,16 +1631,21 @@ class Run:
         rows: RL's prompts, encoded first, with those of evaluation; a new run of RL is scored before its first step.
         """
         self.pipe, self.sample, self.params, self.ema, self.opt, self.stream = pipe, sample, params, ema, opt, stream
+        cfg = self.cfg
+        if hasattr(cfg, "train_steps") and rows and cfg.groups // self.world % cfg.updates:
+            even = self.world * cfg.updates
+            self.say(f"--groups {cfg.groups} on {self.world} processes: in each update some wait for others; with "
+                     f"--groups {-(-cfg.groups // even) * even} none would")
         if rows:
-            cfg, few = self.cfg, self.cfg.steps * self.cfg.groups < len(rows)              # so few steps: theirs alone
+            few = cfg.steps * cfg.groups < len(rows)                   # so few steps: theirs alone
             drawn = [row for step in range(cfg.steps) for row in self.drawn(rows, step)] if few else rows
             self.prepare([*drawn, *self.test, *self.val])
         self.make_out()
         self.restore()
-        if rows and self.cfg.eval_every and not self.state:
+        if rows and cfg.eval_every and not self.state:
             row = validate(self)
-            self.say(f"before: {self.cfg.eval_reward} {row['eval']:.3f} on {len(self.val)} validation images, guidance "
-                     f"{self.cfg.cfg_eval:g}")
+            self.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(self.val)} validation images, guidance "
+                     f"{cfg.cfg_eval:g}")
 
     def make_out(self):
         """Make OUT; on --resume, take back the rows that the lost steps wrote."""

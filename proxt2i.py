@@ -159,7 +159,7 @@ class Config:
                 pda_lambdas(n)
 
 
-HOLD_EVERY = 4                              # every fourth image of a group holds the last landing, Eq. (10)
+HOLD_EVERY = 4                              # images 0, 4, ... of each group hold the last landing, Eq. (10)
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and the method of the networks that they take;
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}   # sde-mean: the last noise left out
 SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weight_decay=0.01, ema=0.9985)
@@ -533,6 +533,7 @@ def matching_loss(cfg, progress, pred, target, width):
 def train(cfg):
     """Stage train, and finetune at another size: learn the proximal operators (3), or the noise, from images."""
     run = data.Run(cfg, "proxt2i")
+    data.load_judges(cfg, run)
     pipe, params = data.load_policy(cfg, run, fresh=cfg.stage == "train")
     net = pipe.net
     net.config |= {"scheme": cfg.scheme, "candidates": cfg.candidates} if cfg.method == "prox" else {}
@@ -541,7 +542,6 @@ def train(cfg):
     start = [p.detach().clone() for p in params]
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = data.optimizer(cfg, net, params)
-    data.load_judges(cfg, run)
     check_model(cfg, pipe)
     shape, candidates = pipe.latent_shape(cfg.resolution), data.counts("candidates", cfg.candidates)
     mine = cfg.batch // run.world

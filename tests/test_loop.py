@@ -686,6 +686,18 @@ def test_features_that_another_machine_keeps_to_itself(monkeypatch):
     one.prepare([{"prompt": "b"}, {"prompt": "a"}])
 
 
+def test_groups_that_keep_processes_waiting_are_said(monkeypatch, capsys):
+    """Of 16 processes with a group each, each update is eight's; DGPO's updates are on all groups."""
+    monkeypatch.setattr(data.Run, "prepare", lambda *_: None)
+    monkeypatch.setattr(data.Run, "make_out", lambda *_: None)
+    for groups, more, said in ((16, {"train_steps": 3}, True), (32, {"train_steps": 3}, False), (16, {}, False)):
+        one = data.Run.__new__(data.Run)
+        one.cfg = types.SimpleNamespace(groups=groups, updates=2, steps=10 ** 6, eval_every=0, **more)
+        one.rank, one.world, one.state, one.test, one.val = 0, 16, None, [], []
+        one.begin(None, None, None, None, None, [{"prompt": "a"}])
+        assert ("with --groups 32 none would" in capsys.readouterr().out) == said
+
+
 def test_no_pass_is_larger_than_the_micro_batch(flags, monkeypatch):
     """Of the network, training and rolling out, even where a group is larger."""
     sizes, forward = set(), models.MMDiT.forward
