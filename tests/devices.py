@@ -133,8 +133,8 @@ def compute(op, args, kwargs):
     if op.namespace == "c10d" and others:
         raise RuntimeError(f"{op}: no backend for a tensor on the CPU")
     masked = op in INDEXED and any(t.dtype == torch.bool for t in tensors(args[1]))
-    waits += bool(op in READ and ours or masked and result or mixed or op in COPIED and leaves and (
-        result != isinstance(leaves[-1 if op is aten.copy_.default else 0], OnGPU)))
+    crosses = op in COPIED and result != isinstance(leaves[-1], OnGPU) and not kwargs.get("non_blocking")
+    waits += bool(op in READ and ours or masked and result or mixed or crosses)
     if op is aten._fused_sdp_choice.default and ours:
         return 0                                                       # attention in plain ops
     if not (ours or result):
@@ -223,7 +223,7 @@ def patch():
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("MODULES")])]
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     patch()
     with GPU():
         importlib.import_module(sys.argv[1]).main(sys.argv[2:])
