@@ -71,7 +71,7 @@ class Config:
     ema: float = 0.98                   # decay of the moving average, per update; evaluated and saved (0: off)
     ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
     rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 500]
-    clip_range: float = 0.0             # no gradient past exp(l_old - l) = 1 +- c, A's way; 0: off    [released: 1e-2]
+    clip_range: float = 0.0             # no gradient past exp(l_old - l) = 1 + sign(A) c; 0: off  [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
     kl_ref: str = "ref"                 # v_ref of the KL: theta_ref's (ref), or start's       [released code: start]

@@ -1560,8 +1560,8 @@ class TextToImage:
         return self.folder and self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def is_kept(self, prompt):
-        """Can a prompt be had without the text encoders, or are they here?"""
-        return bool(self.encoders) or self._file(prompt).is_file()
+        """Is a prompt in the folder on disk, or no folder needed: the encoders are here, or features are random?"""
+        return bool(self.encoders) or self.folder is None or self._file(prompt).is_file()
 
     def _kept(self, prompt):
         """encode of one prompt, through the folder on disk where there is one. A list of tensors (1, ...)."""

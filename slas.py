@@ -460,7 +460,7 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Roll out. A group never spans two processes.
-        x = logp_old = None                                            # frees the last rollout before the next is made
+        x = part = logp_old = None                                     # frees the last rollout before the next is made
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps

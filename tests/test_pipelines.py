@@ -329,6 +329,17 @@ def never(prompts):
     raise AssertionError(f"{prompts} were encoded again")
 
 
+def test_what_is_kept():
+    """Random features, of --init random, need no folder and no encoders."""
+    pipe = models.TextToImage.__new__(models.TextToImage)
+    pipe.encoders, pipe.folder = (), None
+    assert pipe.is_kept("a")
+    pipe.folder = Path("nowhere")
+    assert not pipe.is_kept("a")
+    pipe.encoders = (torch.nn.Identity(),)
+    assert pipe.is_kept("a")
+
+
 @EACH
 def test_prepared_prompts_are_read_by_the_next_run(family, saved, tmp_path):
     """Encoded once, freed, and read bit for bit by another pipeline whose encoders are never asked."""
