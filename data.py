@@ -1407,8 +1407,8 @@ def check(cfg, words, least, positive):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
     check_device("reward_device", cfg.reward_device)
     words = words | dict(dtype=("float32", "bfloat16", "float64"), reward_dtype=("float32", "bfloat16"),
-                         init=("", "random"), schedule=("", "linear", "sd3", "dpm", "ddim"),
-                         solver=("", "euler", "dpm", "ddim"))
+                         reward_mix=("reward", "advantage"), init=("", "random"),
+                         schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"))
     for name, options in words.items():
         choose(name, getattr(cfg, name, ""), options)
     alone = "WORLD_SIZE" not in os.environ and (cfg.init or models.locate(cfg.model, cfg.weights or None)[1].is_dir())
@@ -1436,6 +1436,8 @@ def load_inputs(cfg, run):
     import rewards
     models.find(cfg.model, cfg.weights or None, cfg.init or None)
     score = rewards.load(cfg.reward, device=cfg.reward_device or run.device, dtype=cfg.reward_dtype)
+    if cfg.reward_mix == "advantage" and len(score.weights) < 2:
+        raise ValueError(f"--reward-mix advantage mixes the terms of a sum, and --reward {cfg.reward} is one reward")
     rows = prompts(cfg.prompts, "train")
     load_judges(cfg, run)
     rewards.check(score, rows)
@@ -1601,9 +1603,9 @@ class Run:
             before = settings_of(out, type(cfg))
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
                     "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
-            for key, value in settings.items():
-                if key not in free and before.get(key) != value:
-                    raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
+            for key, value in before.items():
+                if key not in free and settings[key] != value:
+                    raise ValueError(f"--resume: {out} was made with {key}={value!r}, not {settings[key]!r}")
             try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
@@ -2220,14 +2222,16 @@ class Scoring:
     def result(self):
         """All processes' rewards, float32 on the CPU, NaN where one failed; this process's `images` (B, 3, H, W) wait.
 
-        Raises ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of all images.
+        With --reward-mix advantage `mixed` in their place; what `row` logs are the rewards in any case. Raises
+        ValueError if the reward raises, returns the wrong length, or fails on more than a tenth of all images.
         """
         run, self.images = self.run, torch.cat(self.chunks)
         run.lap("rollout" if self.thread else "reward")
         parts = [part.result() if self.thread else part for part in self.parts]
         run.lap("reward")                                              # by a thread: what was waited for
         reward, values, unparsed = zip(*parts)
-        self.values = {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        self.values = {name: run.gather(torch.cat([value[name] for value in values]).to(run.device)).cpu()
+                       for name in values[0]}                          # each term's, of all processes (B,)
         self.unparsed = {name: sum(share[name] * len(x) for share, x in zip(unparsed, self.chunks)) / len(self.images)
                          for name in unparsed[0]}
         self.chunks, self.parts = [], []
@@ -2238,7 +2242,15 @@ class Scoring:
             run.say(f"the reward {run.cfg.reward} is {valid[0]:g} for every image of a rollout: all advantages are 0, "
                     f"nothing is learned from it (said once)")
         self.reward = reward
-        return reward
+        return self.mixed() if run.cfg.reward_mix == "advantage" else reward
+
+    def mixed(self):
+        """The weighted sum of each term's own advantages (r - mean_g) / std_g, (B,): none leads by a wider scale."""
+        from csrc import ops
+        adv = sum(self.score.weights[name] * ops.group_advantage(torch.where(value.isfinite(), value, torch.nan),
+                                                                 self.run.cfg.group_size)
+                  for name, value in self.values.items())
+        return adv.masked_fill(self.reward.isnan(), torch.nan)
 
     def row(self, adv):
         """What is logged of a rollout, given all processes' advantages (B,). The images go: the update wants their
@@ -2256,8 +2268,7 @@ class Scoring:
         """
         run, rows = self.run, {}
         for name, values in self.values.items():
-            values = run.gather(values.to(run.device)).double()
-            values = values[values.isfinite()]
+            values = values[values.isfinite()].double()
             rows[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(),
                           "weight": self.score.weights[name]}
             if name in self.unparsed:

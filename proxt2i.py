@@ -60,6 +60,7 @@ class Config:
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
     preset: str = ""                    # tiny, paper, or official, the same: no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
+    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages          [MixGRPO's code]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is

@@ -385,6 +385,8 @@ def test_bad_rewards(module, small, refused, reward_file, monkeypatch):
             "no weights for --model sd35m")
     refused(module, [*small, "--reward-dtype", "bfloat16"], "is computed in float32")
     refused(module, [*small, "--reward-dtype", "float16"], "--reward-dtype 'float16' is unknown")
+    refused(module, [*small, "--reward-mix", "advantage"], "--reward-mix advantage", "is one reward")
+    refused(module, [*small, "--reward-mix", "sum"], "--reward-mix 'sum' is unknown")
 
 
 @pytest.mark.parametrize("name, words", (("raises", "no such judge"), ("too_short", "8"), ("one_number", "8"),

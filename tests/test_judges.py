@@ -103,7 +103,7 @@ def test_the_share_that_is_not_read_is_logged(server):
     server.answer = lambda body, image, n: (200, "What is it?" if image.getpixel((0, 0))[0] > 200 else "Score: 4")
     for overlap in (True, False):
         run = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, constant=True, lap=id,
-                                    cfg=types.SimpleNamespace(reward="vlm:0.5", overlap=overlap))
+                                    cfg=types.SimpleNamespace(reward="vlm:0.5", reward_mix="reward", overlap=overlap))
         scoring = data.Scoring(run, rewards.load("vlm:0.5"))
         for levels in ((9, 20, 255, 30), range(10, 90, 10)):           # two chunks, of 4 images and of 8
             scoring.add(grey(*levels), ["a cat"] * len(levels), [{}] * len(levels))

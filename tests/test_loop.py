@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,8 @@ def test_two_processes_train_the_same_weights(module, flags, tmp_path):
     The second process comes late: it first looks at OUT when the other has made it, had that not waited.
     """
     settings = dict(dtype="float64", steps=3, groups=4, eval_every=2, eval_images=5)
+    if module is dgpo:                                                 # each term's advantages, of all processes
+        settings |= dict(reward="red:0.2,shapes-soft", reward_mix="advantage")
     late = tmp_path / "late.py"
     late.write_text(f"""import os, pathlib, time
 import {module.__name__}
@@ -141,7 +144,8 @@ def scoring_of(score, overlap, device="cpu"):
     """data.Scoring of one process, and what it says in a list."""
     said = []
     run = types.SimpleNamespace(device=torch.device(device), constant=False, gather=lambda x: x, say=said.append,
-                                lap=id, cfg=types.SimpleNamespace(reward="mine", overlap=overlap))
+                                lap=id, cfg=types.SimpleNamespace(reward="mine", reward_mix="reward", group_size=4,
+                                                               overlap=overlap))
     return data.Scoring(run, score), said
 
 
@@ -189,6 +193,32 @@ def test_a_chunk_is_scored_while_the_next_is_sampled(overlap):
         scoring.add(torch.ones(2, 3, 2, 2), ["x"] * 2, [{}] * 2)
         assert scoring.result().tolist() == [1, 1]
     assert len(said) == 1 and "the reward mine is 1 for every image" in said[0]
+
+
+def test_rewards_are_mixed_by_their_advantages():
+    """--reward-mix advantage: sum_k w_k (r_k - mean_g) / (std_g + 1e-4), by numpy in float64; the scales say nothing."""
+    rng = np.random.default_rng(0)
+    raw = {"a": rng.normal(size=12), "b": 100 * rng.normal(size=12), "c": np.repeat([1., 2., 3.], 4)}
+    raw["b"][5], weights = np.inf, {"a": .5, "b": 2., "c": 7.}         # an image that one of the terms could not score
+    terms = {name: torch.tensor(value, dtype=torch.float32) for name, value in raw.items()}
+
+    def score(images, prompts, metas):
+        score.values = {name: value[[int(prompt) for prompt in prompts]] for name, value in terms.items()}
+        return sum(weights[name] * value for name, value in score.values.items())
+    score.weights, expected = weights, np.zeros(12)
+    for name, value in raw.items():
+        value = np.where(np.isfinite(value), value, np.nan).reshape(3, 4)
+        std = np.nanstd(value, 1, keepdims=True) + 1e-4
+        expected += weights[name] * ((value - np.nanmean(value, 1, keepdims=True)) / std).flatten()
+    scoring, _ = scoring_of(score, False)
+    scoring.run.cfg.reward_mix = "advantage"
+    for some in (range(8), range(8, 12)):                              # two chunks, of two groups and of one
+        scoring.add(torch.zeros(len(some), 3, 2, 2), [str(i) for i in some], [{}] * len(some))
+    mixed = scoring.result()
+    np.testing.assert_allclose(mixed.numpy(), expected, rtol=1e-5, atol=1e-5)              # NaN at 5 in both
+    torch.testing.assert_close(grpo.group_advantage(mixed, 4, "none")[8:], mixed[8:])      # as MixGRPO's, by no std
+    assert scoring.terms()["b"]["std"] > 50 and scoring.reward[0] == pytest.approx(        # what is logged stays raw
+        sum(weights[name] * raw[name][0] for name in raw), rel=1e-5)
 
 
 def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
