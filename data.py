@@ -333,7 +333,7 @@ def _caption(meta, rng):
     return rng.choice(FRAMES).format(f" {joint} ".join(noun(*o) for o in objects))
 
 
-def world_batch(seed, step, rank, n, size=32):
+def world_batch(seed, step, n, size=32):
     """Batch number `step` of an endless training stream over the whole world: tasks uniform, captions noisy.
 
     Pretraining sees the scenes of all splits; only the prompts of RL and its evaluation are split. The noise is set per
@@ -341,7 +341,7 @@ def world_batch(seed, step, rank, n, size=32):
     Returns images (n, 3, size, size) float32 in [0, 1], n captions ("" for a tenth of them), n metas (the truth). All
     are a function of the arguments alone.
     """
-    rng, scenes = random.Random(f"world {seed} {step} {rank}"), _scenes()
+    rng, scenes = random.Random(f"world {seed} {step} 0"), _scenes()
     metas = [rng.choice(rng.choice(scenes[rng.choice(TASKS)])) for _ in range(n)]
     return render(metas, rng.getrandbits(63), size), [_caption(meta, rng) for meta in metas], metas
 
@@ -2100,17 +2100,24 @@ def optimizer(cfg, net, params):
 
 
 class WorldStream:
-    """Training batches of the tiny world, drawn one ahead while the last is used: stream(step) -> images, captions."""
+    """Training batches of the tiny world, drawn one ahead while the last is used: stream(step) -> images, captions.
+
+    A batch is drawn whole by every process, which takes its slice: any number of them trains on the same images.
+    """
     cached = False
 
-    def __init__(self, seed, rank, batch, size):
-        self.draw, self.artist, self.ahead = functools.partial(world_batch, seed), ThreadPoolExecutor(1), {}
-        self.rest = rank, batch, size
+    def __init__(self, seed, batch, size, rank=0, world=1):
+        self.seed, self.shape, self.mine = seed, (world * batch, size), slice(rank * batch, (rank + 1) * batch)
+        self.artist, self.ahead = ThreadPoolExecutor(1), {}
+
+    def _draw(self, step):
+        return self.artist.submit(world_batch, self.seed, step, *self.shape)
 
     def __call__(self, step):
-        now = self.ahead.pop(step, None) or self.artist.submit(self.draw, step, *self.rest)
-        self.ahead = {step + 1: self.artist.submit(self.draw, step + 1, *self.rest)}
-        return now.result()[:2]
+        now = self.ahead.pop(step, None) or self._draw(step)
+        self.ahead = {step + 1: self._draw(step + 1)}
+        images, captions, _ = now.result()
+        return images[self.mine], captions[self.mine]
 
     def state(self):
         return {}                                                      # a batch is a function of its step
@@ -2151,9 +2158,12 @@ class ImageStream:
 
 
 def training_stream(spec, size, rank, world, batch, seed):
-    """Batches to train on: "shapes", the tiny world; else a folder, a tar or a pattern of tars, or a cached folder."""
+    """Batches to train on: "shapes", the tiny world; else a folder, a tar or a pattern of tars, or a cached folder.
+
+    batch: images a process. Files are shared out among the processes: what meets in a batch depends on their number.
+    """
     if spec == "shapes":
-        return WorldStream(seed, rank, batch, size)
+        return WorldStream(seed, batch, size, rank, world)
     return ImageStream(spec, size, rank, world, batch, seed)
 
 

@@ -2420,11 +2420,11 @@ def pretrain(args):
     steps, size = args.images // args.batch, TINY["sample_size"]
     velocity = torch.compile(velocity) if args.compile else velocity
     artist = ThreadPoolExecutor(1)
-    ahead = artist.submit(data.world_batch, args.seed, first, 0, args.batch, size)
+    ahead = artist.submit(data.world_batch, args.seed, first, args.batch, size)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="pretrain", mininterval=5, dynamic_ncols=True)
     for step in bar:
         images, captions, _ = ahead.result()                                             # drawn while the last step ran
-        ahead = artist.submit(data.world_batch, args.seed, step + 1, 0, args.batch, size)
+        ahead = artist.submit(data.world_batch, args.seed, step + 1, args.batch, size)
         draw = torch.Generator().manual_seed(data.mix(args.seed, step))
         captions = ["" if u < 0.1 else c for u, c in zip(torch.rand(len(captions), generator=draw).tolist(), captions)]
         t = torch.randn(args.batch, generator=draw).sigmoid().to(device)                 # (B,)

@@ -545,16 +545,17 @@ def train(cfg):
     opt = data.optimizer(cfg, net, params)
     check_model(cfg, pipe)
     shape, candidates = pipe.latent_shape(cfg.resolution), data.counts("candidates", cfg.candidates)
-    mine = cfg.batch // run.world
+    mine = run.mine(range(cfg.batch))                                  # this process's, counted over all
     size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
-    stream = data.training_stream(cfg.images, size, run.rank, run.world, mine, cfg.seed)
+    stream = data.training_stream(cfg.images, size, run.rank, run.world, len(mine), cfg.seed)
     run.begin(pipe, sample, params, ema, opt, stream=stream)           # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     for step in run.steps(cfg.stage, mininterval=1):
         # 1. Images, some of their captions emptied
         images, *captions = stream(step)                               # (B, 3, H, W) in [0, 1], B strings
-        draw = torch.Generator().manual_seed(data.mix(cfg.seed, step, run.rank, "train"))
-        dropped = torch.rand(mine, generator=draw) < cfg.drop
+        keys = [(cfg.seed, step, i) for i in mine]
+        u = torch.tensor([data.uniform(3, *key, "train") for key in keys], dtype=torch.float64)    # (B, 3)
+        dropped = u[:, 0] < cfg.drop
         if stream.cached:                                              # latents already, and text features
             x_0, empty = images.to(run.device, data.wide(cfg.dtype)), dropped[:, None, None].to(run.device)
             ctx = [torch.where(empty, n, c.to(n)) for n, c in zip(null, captions)]
@@ -563,13 +564,13 @@ def train(cfg):
                 ctx = pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions[0])])    # (B, L, D)
             x_0 = pipe.encode_images(images.to(run.device)).to(data.wide(cfg.dtype))       # (B, C, H, W)
         # 2. Times and noise
-        u = torch.rand(mine, 2, generator=draw, dtype=torch.float64)
-        noise, eps = (torch.randn((mine, *shape), generator=draw).to(x_0) for _ in range(2))
+        noise, eps = (data.noises(shape, [(*key, name) for key in keys], x_0.device, x_0.dtype)
+                      for name in ("noise", "eps"))
         lam = None
         if cfg.method == "prox":
-            t, lam = (part.to(x_0) for part in draw_pairs(u, candidates, cfg.scheme))      # (B,) each
+            t, lam = (part.to(x_0) for part in draw_pairs(u[:, 1:], candidates, cfg.scheme))      # (B,) each
         else:
-            t = (1 - 0.999 * u[:, 0]).to(x_0)                          # (B,) in (.001, 1]
+            t = (1 - 0.999 * u[:, 1]).to(x_0)                          # (B,) in (.001, 1]
         abar = alpha_bar(t)[:, None, None, None]
         x = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise              # X_t  (B, C, H, W)
         target, scaled, width = noise, x, torch.ones_like(t)
@@ -582,7 +583,7 @@ def train(cfg):
             width = width if lam is None else lam / (1 + lam).sqrt() * (a / sigma).flatten()
         # 3. Loss and update
         progress, total = step / cfg.steps, 0.0
-        for k in range(0, mine, cfg.micro_batch):
+        for k in range(0, len(mine), cfg.micro_batch):
             s = slice(k, k + cfg.micro_batch)
             pred = guided(net, scaled[s], t[s], None if lam is None else lam[s], [c[s] for c in ctx], null, 1.0)
             loss = matching_loss(cfg, progress, pred, target[s], width[s]) * len(pred) / cfg.batch

@@ -1004,7 +1004,7 @@ def train_proxy(args):
     words = dict(vocab_size=tokenize.end + 1, bos_token_id=tokenize.start, eos_token_id=tokenize.end)
     net = CLIP(**{**PROXY, "text_config": PROXY["text_config"] | words}).init_weights().to(args.device)
     opt = data.optimizer(types.SimpleNamespace(optimizer="muon", lr=args.lr, weight_decay=.1), net, [*net.parameters()])
-    stream = data.WorldStream(args.seed, 0, args.batch, net.size)
+    stream = data.WorldStream(args.seed, args.batch, net.size)
     bar = tqdm(range(steps), desc="train-proxy", mininterval=5, dynamic_ncols=True)
     for step in bar:
         images, captions = stream(step)

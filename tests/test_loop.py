@@ -196,14 +196,15 @@ def test_a_chunk_is_scored_while_the_next_is_sampled(overlap):
 
 
 def test_rewards_are_mixed_by_their_advantages():
-    """--reward-mix advantage: sum_k w_k (r_k - mean_g) / (std_g + 1e-4), by numpy in float64; the scales say nothing."""
+    """--reward-mix advantage: sum_k w_k (r_k - mean_g) / (std_g + 1e-4), in float64 numpy; scales say nothing."""
     rng = np.random.default_rng(0)
     raw = {"a": rng.normal(size=12), "b": 100 * rng.normal(size=12), "c": np.repeat([1., 2., 3.], 4)}
     raw["b"][5], weights = np.inf, {"a": .5, "b": 2., "c": 7.}         # an image that one of the terms could not score
     terms = {name: torch.tensor(value, dtype=torch.float32) for name, value in raw.items()}
 
     def score(images, prompts, metas):
-        score.values = {name: value[[int(prompt) for prompt in prompts]] for name, value in terms.items()}
+        images = [int(prompt) for prompt in prompts]
+        score.values = {name: value[images] for name, value in terms.items()}
         return sum(weights[name] * value for name, value in score.values.items())
     score.weights, expected = weights, np.zeros(12)
     for name, value in raw.items():
