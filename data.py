@@ -1603,6 +1603,10 @@ class Run:
             before = settings_of(out, type(cfg))
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
                     "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
+            if self.rank == 0:                                        # before the checkpoint is read: nobody adds to it
+                (out / "last").mkdir(exist_ok=True)
+                self._lock(out)
+            self._agreed(out)
             for key, value in before.items():
                 if key not in free and settings[key] != value:
                     raise ValueError(f"--resume: {out} was made with {key}={value!r}, not {settings[key]!r}")
@@ -1662,8 +1666,9 @@ class Run:
                         break
                     self.out = free_run(self.method)                  # another run was quicker
                     self.say(f"out: {self.out}")
-                (self.out / "last").mkdir(parents=True, exist_ok=True)
-                self._lock()
+                if not self.cfg.resume:
+                    (self.out / "last").mkdir(parents=True, exist_ok=True)
+                    self._lock(self.out)
                 self._refuse_taken(self.out)
                 (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
@@ -1688,13 +1693,13 @@ class Run:
             times.write_text("".join(f"{row}\n" for row in kept.values()))
         self.out = self._agreed(self.out)
 
-    def _lock(self):
-        """Refuse OUT while another process writes there. The lock goes with this process, however it ends."""
-        self.lock = open(self.out / "last" / "lock", "ab")
+    def _lock(self, out):
+        """Refuse a folder while another process writes there. The lock goes with this process, however it ends."""
+        self.lock = open(out / "last" / "lock", "ab")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{self.out} is another process's, which still runs: end that, or choose another --out"
+            raise ValueError(f"{out} is another process's, which still runs: end that, or choose another --out"
                              ) from None
         except OSError:                                               # a file system without locks
             pass
@@ -2536,7 +2541,6 @@ def finish(run, start):
                 result = evaluate(sample, pipe, rows, run.judges, cfg, run, cfg.cfg_also)
                 row[f"also_{when}"] = result["eval"]
                 found.append({**count, "split": "test", "guidance": cfg.cfg_also, **result})
-    run.log_evals(*found)
     by_tag = {}
     for r in rows:
         by_tag.setdefault(r.get("tag"), []).append(r["prompt"])
@@ -2549,6 +2553,7 @@ def finish(run, start):
         if run.rank == 0:
             picture(run.out / "samples" / "before_after.png", grids, shown, ["before", "after"])
             strip(run.out / "samples")
+    run.log_evals(*found)                                             # last: what has them has ended
     run.say(f"{'guidance':>10} {'before':>8} {'after':>8}   {cfg.eval_reward}, {len(rows)} test images, "
             f"{cfg.eval_steps} steps\n"
             f"{cfg.cfg_eval:>10g} {row['eval_before']:>8.3f} {row['eval_after']:>8.3f}" +

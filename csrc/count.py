@@ -126,6 +126,8 @@ def patch():
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """Scaled dot-product attention by the kernel that a GPU would take: a CPU's keep all of softmax's weights."""
     args, kernels = (query, key, value), torch.ops.aten
+    if not torch.backends.cuda.flash_sdp_enabled():                    # models.fisher: second derivatives
+        return kernels._scaled_dot_product_attention_math(*args, attn_mask, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is None and query.element_size() == 2 and query.shape[-1] <= 256:
         return kernels._scaled_dot_product_flash_attention(*args, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None:
