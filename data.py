@@ -1411,8 +1411,10 @@ def check(cfg, words, least, positive):
                          schedule=("", "linear", "sd3", "dpm", "ddim"), solver=("", "euler", "dpm", "ddim"))
     for name, options in words.items():
         choose(name, getattr(cfg, name, ""), options)
-    alone = "WORLD_SIZE" not in os.environ and (cfg.init or models.locate(cfg.model, cfg.weights or None)[1].is_dir())
-    if cfg.fsdp and (cfg.lora_rank or alone):                         # no weights yet: models.load says how to get them
+    alone = "WORLD_SIZE" not in os.environ
+    if cfg.fsdp and alone:
+        models.find(cfg.model, cfg.weights or None, cfg.init or None)  # how to get the weights comes first
+    if cfg.fsdp and (cfg.lora_rank or alone):
         raise ValueError("--fsdp, which a preset may set, cuts all weights into shards, one a process: it wants "
                          "--lora-rank 0 and torchrun")
     if cfg.fsdp and cfg.compile:
@@ -2373,7 +2375,7 @@ def image_stats(images, group_size):
             "diversity": images.unflatten(0, (-1, group_size)).std(1).mean().item()}
 
 
-HEADER = 34                                  # height of a picture's captions, pixels
+HEADER = 46                                  # height of a picture's captions, three lines, pixels
 
 
 def picture(path, rows, captions, titles, scale=3):
@@ -2385,7 +2387,7 @@ def picture(path, rows, captions, titles, scale=3):
     draw = ImageDraw.Draw(sheet)
     for j, caption in enumerate(captions):
         lines = textwrap.wrap(caption.removeprefix("a photo of "), max(8, side // 6))
-        draw.multiline_text((left + j * (side + pad), 2), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
+        draw.multiline_text((left + j * (side + pad), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1)
     for i, (images, title) in enumerate(zip(rows, titles)):
         top = text + i * (side + pad)
         draw.text((2, top + side // 2 - 6), title, fill="black", font=font)
@@ -2531,7 +2533,8 @@ def finish(run, start):
             else:
                 pipe.net.save_pretrained(run.out / ("unet" if pipe.ddpm else "transformer"), models.DTYPES[cfg.dtype])
     row, tags, found = {}, {}, []
-    for when, weights, count in (("before", start, dict.fromkeys(run.count, 0)), ("after", trained, run.count)):
+    nothing = {name: type(count)() for name, count in run.count.items()}
+    for when, weights, count in (("before", start, nothing), ("after", trained, run.count)):
         with models.using(params, weights):
             result = evaluate(sample, pipe, rows, run.judges, cfg, run, cfg.cfg_eval)
             tags[when] = result["tags"]

@@ -2463,7 +2463,7 @@ def pretrain(args):
 def main():
     parser = argparse.ArgumentParser(description="Make the tiny model by flow matching on the tiny world.")
     parser.add_argument("command", choices=["pretrain"])
-    parser.add_argument("--out", default=str(HERE / "tests" / "tiny"), help="the model's directory, diffusers layout")
+    parser.add_argument("--out", default="runs/pretrain/tiny", help="the model's directory, diffusers layout")
     parser.add_argument("--state", default="runs/pretrain/state.pt", help="what a resume needs; found, it is resumed")
     parser.add_argument("--images", type=int, default=512_000, help="training images in all")
     parser.add_argument("--batch", type=int, default=64)

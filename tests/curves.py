@@ -152,7 +152,7 @@ def table(race, runs):
 
 def pictures(stem, runs):
     """Each score against each axis: of the methods; of each method and its variants, six a picture."""
-    groups = {"": {method: seeds for (method, variant), seeds in runs.items() if variant == "base"}}
+    groups = {"": {method: runs[method, variant] for method, variant in sorted(runs) if variant == "base"}}
     for method in dict.fromkeys(method for method, _ in runs):
         all_of_it = {variant: seeds for (other, variant), seeds in runs.items() if other == method}
         base = {"base": all_of_it.pop("base")} if "base" in all_of_it else {}

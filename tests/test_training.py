@@ -569,6 +569,7 @@ def test_what_a_model_cannot_do(module, flags, refused, monkeypatch):
     noisy = flags("sd14", noise_level=1.5, **{} if module is grpo else {"sde": True})
     refused(module, noisy, "--noise-level 1.5 is DDIM's eta", "try 1")
     refused(module, flags("sd3", fsdp=True), "--fsdp", "torchrun")
+    refused(module, ["--model", "flux", "--weights", "nowhere", "--fsdp"], "no weights for --model flux")
     monkeypatch.setenv("WORLD_SIZE", "1")
     refused(module, flags("sd3", fsdp=True, lora_rank=2), "--fsdp", "--lora-rank 0")
 
