@@ -402,7 +402,8 @@ def prompts(spec, split):
     path = pathlib.Path(spec)
     if path.is_dir():
         return _folder(path, split)
-    if path.suffix not in FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
         raise ValueError(f"unknown prompts {str(spec)!r}: {', '.join(made)}, a .txt, .jsonl, .json or .csv file, or a "
                          f"folder of these")
     try:
@@ -413,7 +414,7 @@ def prompts(spec, split):
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}; convert it first") from None
     try:
-        rows = _rows(path.suffix, text)
+        rows = _rows(suffix, text)
     except (json.JSONDecodeError, csv.Error) as e:
         raise ValueError(f"{path} is not a valid {path.suffix} file: {e}") from None
     if not isinstance(rows, list):
@@ -437,7 +438,7 @@ def prompts(spec, split):
 def _folder(path, split):
     """A split's rows of a folder with a file for each, whose name is the split's up to a "." or "_"."""
     files = {name: [file for file in sorted(path.iterdir()) if re.split("[._]", file.name)[0] == name
-                    and file.suffix in FORMATS] for name in ("train", "val", "test")}
+                    and file.suffix.lower() in FORMATS] for name in ("train", "val", "test")}
     wanted = split if files[split] or split != "val" else "train"
     if len(files[wanted]) != 1:
         found = " and ".join(file.name for file in files[wanted]) or "none"
@@ -1062,13 +1063,19 @@ def ask(args, prompt, image, stop):
 def aesthetic(spec):
     """The function of a PIL image that `file.py:function` names, called from one thread at a time."""
     file, _, name = spec.rpartition(":")
-    function, lock = runpy.run_path(file).get(name) if os.path.isfile(file) else None, threading.Lock()
+    try:
+        function, lock = runpy.run_path(file).get(name) if os.path.isfile(file) else None, threading.Lock()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--aesthetic {spec} does not load: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"--aesthetic {spec}: no such file or no such function; write path/to/file.py:function")
 
     def score(image):
         with lock:
-            return float(function(image))
+            try:
+                return float(function(image))
+            except (Exception, SystemExit) as error:
+                raise ValueError(f"--aesthetic {spec} failed: {type(error).__name__}: {error}") from error
     return score
 
 
@@ -1084,10 +1091,10 @@ def curated(files, args, score, stop):
     image, field = decoded(image), args.aesthetic_field
     if not args.no_aesthetic:
         if not isinstance(meta.get(field), (int, float)):
-            if not score:
+            if not score and field not in meta:
                 raise ValueError(f"no {field!r} in its .json: name the score by --aesthetic-field, or a function by "
                                  f"--aesthetic file.py:function, or do without by --no-aesthetic")
-            meta[field] = score(image)
+            meta[field] = score(image) if score else math.nan          # there, and no number
         if not meta[field] >= args.min_aesthetic:
             raise Bad("aesthetic score")
     if args.no_caption:
@@ -1120,6 +1127,12 @@ def curate(args):
         raise ValueError(f"{out} holds the source itself: choose another folder to write to")
     if not args.no_caption and not (args.model and re.match("https?://", args.server or "")):
         raise ValueError("captions need --server http://HOST:PORT/v1 and --model NAME; or keep the old: --no-caption")
+    for name, low in (("workers", 1), ("timeout", 0), ("retries", 0), ("backoff", 0), ("max_pixels", 1),
+                      ("min_aesthetic", -math.inf)):
+        if not getattr(args, name) >= low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {low} or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder")
     if args.no_caption and args.hands:
         raise ValueError("--hands asks the server for a caption of the hands: leave --no-caption away")
     score, stop = aesthetic(args.aesthetic) if args.aesthetic else None, threading.Event()
@@ -1277,6 +1290,8 @@ def cli(config, presets, argv=None, defaults=None):
         both = now["cfg_train"] != 1 and not now["cfg_detach"]        # passes that keep their activations
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, shards,
                                   models.parameter_count(model, values.get("weights", "")))
+        if hasattr(config, "fisher_every") and values["gpu_memory"] < 48:                   # SLAS's estimates on SD3.5:
+            plan["fisher_every"] = 0                                   # 26 GB for an image, by csrc/count.py
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
     full = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(config)}
     if "train_steps" in full:                                          # policy gradients: what was not given fits
@@ -1317,14 +1332,22 @@ def last_run(method, out=""):
     return pathlib.Path(out) if out else runs[-1].parent
 
 
-def settings_of(out, config):
-    """A run's config.json as a dict, without what Config does not know. Raises ValueError if it cannot be read."""
+def settings_of(out, config, method=""):
+    """A run's config.json as a dict, without what Config does not know.
+
+    Raises ValueError if it cannot be read, or is of another script than `method`: a copy of one, under a name of its
+    own, goes on with the runs of the original.
+    """
     if not (out / "config.json").is_file():
         raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
     try:
         before = json.loads((out / "config.json").read_bytes())
     except ValueError:
         raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
+    method = method or method_of(config)
+    script = before.get("script", method)
+    if method in ("dgpo", "grpo", "slas", "proxt2i") and script != method:
+        raise ValueError(f"--resume: {out} is a run of {script}.py, not of {method}.py")
     return {field.name: before[field.name] for field in dataclasses.fields(config) if field.name in before}
 
 
@@ -1402,6 +1425,8 @@ def check(cfg, words, least, positive):
         raise ValueError(f"--groups {cfg.groups} cannot be split into --updates {cfg.updates} equal parts")
     if not 0 <= cfg.ema < 1:
         raise ValueError(f"--ema {cfg.ema}: 0 or more and less than 1")
+    if not -2 ** 63 <= cfg.seed < 2 ** 63:
+        raise ValueError(f"--seed {cfg.seed}: from -2^63 to 2^63 - 1")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a finite number")
@@ -1511,7 +1536,9 @@ def exit_codes():
         elif pathlib.Path(__file__).resolve().parent not in raised_in.parents[:2]:      # csrc/, too
             crash()
             raise
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)      # on a line of its own, bar or not
+        for bar in list(getattr(tqdm, "_instances", ())):              # or they would draw themselves below the line
+            bar.close()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
@@ -1602,20 +1629,22 @@ class Run:
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
-            before = settings_of(out, type(cfg))
+            before = settings_of(out, type(cfg), method)
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
                     "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
             if self.rank == 0:                                        # before the checkpoint is read: nobody adds to it
                 (out / "last").mkdir(exist_ok=True)
                 self._lock(out)
             self._agreed(out)
-            for key, value in before.items():
-                if key not in free and settings[key] != value:
-                    raise ValueError(f"--resume: {out} was made with {key}={value!r}, not {settings[key]!r}")
+            for key, value in settings.items():
+                if key not in free and before.get(key) != value:
+                    raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
             try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise ValueError(f"{out / file} is damaged ({type(error).__name__}); try another --out") from None
+            if not state:
+                self.say(f"{out} holds no checkpoint: from the start")
             written = state and state.get("written")
             if state and list(written if isinstance(written, dict) else ()) != list(self.FILES):
                 raise ValueError(f"{out / file} is of another version of this code: use that one, or another --out")
@@ -1630,7 +1659,8 @@ class Run:
     def _refuse_taken(self, out):
         begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
         if begun and not self.cfg.resume:
-            raise ValueError(f"{out} already holds a run: continue it by --resume, or choose another --out")
+            what = "a run: continue it by --resume" if "config.json" in begun else f"{min(begun)}, no run: empty it"
+            raise ValueError(f"{out} already holds {what}, or choose another --out")
 
     def begin(self, pipe, sample, params, ema, opt, rows=(), stream=None):
         """Once all inputs are known to be good: make OUT, or go on from its last checkpoint.
@@ -1675,7 +1705,7 @@ class Run:
                 (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
                 raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
-            settings = {**dataclasses.asdict(self.cfg), "resume": False}                   # --steps as typed last
+            settings = {"script": self.method, **dataclasses.asdict(self.cfg), "resume": False}   # as typed last
             write_atomic(self.out / "config.json", f"{json.dumps(settings, indent=2)}\n".encode())
             for name in self.FILES:
                 with open(self.out / name, "ab+") as f:
@@ -2177,8 +2207,8 @@ def training_stream(spec, size, rank, world, batch, seed):
 def scored(name, score, images, prompts, metas):
     """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image."""
     try:
-        reward = score(images, prompts, metas)
-    except Exception as error:
+        reward = score(images, list(prompts), [dict(meta) for meta in metas])              # its own, to change as it likes
+    except (Exception, SystemExit) as error:
         raise ValueError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
     if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
         got = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
@@ -2625,10 +2655,13 @@ def main(argv=None):
     add("--retries", type=int, default=6, help="times that a failed question is asked again")
     add("--backoff", type=float, default=1, help="seconds before the first of them; doubled for each")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are left out undecoded")
-    args = parser.parse_args(argv)
+    parser.error = world.error = curation.error = refuse
     with exit_codes():
+        args = parser.parse_args(argv)
         if args.command == "world":
-            contact_sheet().save(args.out)
+            buffer = io.BytesIO()
+            contact_sheet().save(buffer, "PNG")
+            write_atomic(pathlib.Path(args.out), buffer.getvalue())
         else:
             for reason, count in sorted(curate(args).items(), key=lambda item: -item[1]):
                 print(f"{count:>10} {reason}")

@@ -25,6 +25,7 @@ tokens, N image tokens, D width.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -2282,16 +2283,16 @@ def fisher(policy, steps, images, params, v, run):
     """
     def product(v):
         parts, out = [x.view_as(p) for x, p in zip(v.split([p.numel() for p in params]), params)], torch.zeros_like(v)
-        for i in steps:
-            mean, std = policy(i, images)[1:3]
-            out += torch.cat([g.flatten() for g in fisher_product(mean, std, params, parts)]) / len(steps)
-        return run.sum(out) / run.world
+        for i, j in itertools.product(steps, images):                  # one graph at a time: an image of SD3.5 takes GB
+            mean, std = policy(i, [j])[1:3]
+            out += torch.cat([g.flatten() for g in fisher_product(mean, std, params, parts)])
+        return run.sum(out) / (len(steps) * len(images) * run.world)
 
     with run.uncounted(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):          # has second derivatives
         square = torch.zeros((), device=v.device, dtype=v.dtype)
         for j in images:
             total = [torch.zeros_like(p) for p in params]
-            for i in steps:                                            # one graph at a time
+            for i in steps:
                 logp = policy(i, [j])[0].sum() / len(steps)
                 torch._foreach_add_(total, torch.autograd.grad(logp, params, materialize_grads=True))
             square += sum(g.square().sum() for g in total) / len(images)

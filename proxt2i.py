@@ -146,6 +146,8 @@ class Config:
                              f"{-(-self.batch // world) * world}")
         if self.stage == "rl" and not 2 <= self.sample_steps:
             raise ValueError(f"--sample-steps {self.sample_steps}: N steps have N - 1 that are Gaussian, so 2 or more")
+        if self.stage == "rl" and self.scheme == "pda":
+            raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
         if self.stage == "train" and self.lora_rank:
             raise ValueError(f"--lora-rank {self.lora_rank}: train makes all weights anew: --lora-rank 0, or finetune")
         for name in ("lora_rank", "compile", "fsdp", "merge_lora"):
@@ -155,7 +157,7 @@ class Config:
             raise ValueError(f"--compare-cfg {self.compare_cfg!r}: guidance scales, a comma between, as 1,3")
         if (self.fsdp or self.lora_rank) and self.optimizer == "muon" and self.stage in ("train", "finetune"):
             raise ValueError("--optimizer muon is for whole matrices, not for shards or a LoRA: --optimizer adamw")
-        if self.scheme == "pda":
+        if self.scheme == "pda" and self.stage in ("train", "finetune"):
             for n in data.counts("candidates", self.candidates):
                 pda_lambdas(n)
 
@@ -411,7 +413,7 @@ def check_model(cfg, pipe):
         raise ValueError(f"--model {cfg.model} is {kind}: --method {cfg.method} cannot use it")
     scheme = pipe.net.config.get("scheme", cfg.scheme)                 # of those that train wrote
     if scheme != cfg.scheme and cfg.stage != "finetune":
-        raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}")
+        raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}; type that")
     if default_sampler(cfg) == "pda":
         pda_lambdas(cfg.eval_steps)
 
@@ -609,8 +611,6 @@ def train_rl(cfg):
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     check_model(cfg, pipe)
-    if cfg.scheme == "pda":
-        raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
     warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
     warn_of_steps(cfg, run, pipe, "--candidates", candidates if cfg.hold else ())

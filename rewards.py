@@ -107,6 +107,10 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
             raise ValueError(f"cannot score {got} with {len(prompts)} prompts ({type(prompts).__name__}), {len(meta)} "
                              f"metas: images are floats (B, 3, H, W) in [0, 1], prompts and metas lists of length B")
         total, seen = torch.zeros(len(images), device=images.device), images.to(device)
+
+        def version():                                                 # PyTorch counts what is changed in place
+            return 0 if seen.is_inference() else seen._version
+        before = version()
         if not len(images):                                            # a network may not take that
             score.values |= dict.fromkeys(score.weights, total)
             for reward in score.rewards.values():
@@ -117,6 +121,8 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
         for name, factor, reward in terms:
             with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
                 values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
+            if version() != before:
+                raise RuntimeError(f"reward {name!r} changed the images, which others look at, too: let it copy them")
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
@@ -157,7 +163,7 @@ def _load_one(name, weights, device):
     module = sys.modules[own] = importlib.util.module_from_spec(module_spec)               # for dataclasses
     try:
         module_spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         sys.modules.pop(own, None)
         raise ValueError(f"reward {name!r}: {path} does not load: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, function, None)):

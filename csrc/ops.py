@@ -605,7 +605,8 @@ load()
 
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["build"], ["build", "--verbose"]):
-        sys.exit("usage: python csrc/ops.py [build [--verbose]]")
+        print("usage: python csrc/ops.py [build [--verbose]]", file=sys.stderr)
+        sys.exit(2)
     try:
         print(build(verbose="--verbose" in sys.argv) if sys.argv[1:] else status())
         sys.exit(bool(sys.argv[1:]) and lib is None)

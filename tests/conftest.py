@@ -102,6 +102,14 @@ def raises_on_one_rank(images, prompts, meta):
     return red(images, prompts, meta)
 
 
+def exits(images, prompts, meta):
+    raise SystemExit(0)
+
+
+def paints(images, prompts, meta):
+    return images.mul_(255).mean((1, 2, 3))
+
+
 def too_short(images, prompts, meta):
     return red(images, prompts, meta)[1:]
 

@@ -320,6 +320,26 @@ def test_a_folder_that_another_process_writes_is_refused(module, small, refused)
     module.main([*small, "--resume", "--steps", "2"])
 
 
+def test_the_run_of_another_script_is_refused(small, refused):
+    """All pairs, also those that know all of each other's flags; a copy of a script goes on with the original's runs."""
+    for module in (slas, dgpo):
+        module.main([*small, "--out", module.__name__])
+    before = snapshot("slas"), snapshot("dgpo")
+    for module, out in ((grpo, "slas"), (dgpo, "slas"), (grpo, "dgpo"), (slas, "dgpo"), (proxt2i, "dgpo")):
+        refused(module, ["--resume", "--out", out, "--steps", 2],
+                f"{out} is a run of {out}.py, not of {module.__name__}.py")
+    assert (snapshot("slas"), snapshot("dgpo")) == before
+    Path("mine.py").write_bytes((ROOT / "dgpo.py").read_bytes())
+    subprocess.run([sys.executable, "mine.py", *small, "--out", "dgpo", "--resume", "--steps", "2"], check=True,
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_a_folder_of_something_else_is_not_called_a_run(small, refused):
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    refused(dgpo, small, "out already holds notes.txt, no run: empty it, or choose another --out")
+
+
 @BOTH
 def test_resume_without_a_run(module, small, refused):
     refused(module, [*small, "--resume"], "--resume", "out/config.json does not exist", "leave --resume away")
@@ -385,12 +405,17 @@ def test_bad_rewards(module, small, refused, reward_file, monkeypatch):
             "no weights for --model sd35m")
     refused(module, [*small, "--reward-dtype", "bfloat16"], "is computed in float32")
     refused(module, [*small, "--reward-dtype", "float16"], "--reward-dtype 'float16' is unknown")
+    for line in ("raise SystemExit(0)", "import sys; sys.exit(3)"):    # a script's end, not a run's
+        Path("ends.py").write_text(f"{line}\n")
+        refused(module, [*small, "--reward", "ends.py:main"], "ends.py does not load: SystemExit")
+    refused(module, [*small, "--seed", 2 ** 63], f"--seed {2 ** 63}")
     refused(module, [*small, "--reward-mix", "advantage"], "--reward-mix advantage", "is one reward")
     refused(module, [*small, "--reward-mix", "sum"], "--reward-mix 'sum' is unknown")
 
 
 @pytest.mark.parametrize("name, words", (("raises", "no such judge"), ("too_short", "8"), ("one_number", "8"),
-                                         ("all_nan", "8 of 8"), ("many_nan", "a tenth")))
+                                         ("all_nan", "8 of 8"), ("many_nan", "a tenth"), ("exits", "SystemExit"),
+                                         ("paints", "changed the images")))
 @BOTH
 def test_rewards_that_fail(module, name, words, small, refused, reward_file):
     """In the rollouts and in evaluation; 2 groups of 4, so that the lengths to be named are 8 and 16."""

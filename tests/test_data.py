@@ -506,6 +506,28 @@ def test_scores_by_a_function(tmp_path):
     assert json.loads(members(tmp_path / "out2" / "0.tar")["0.json"])["mine"] == pytest.approx(9.96, abs=.05)
 
 
+def test_curate_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    """Code 2; and a score that is there and no number is a low one, not the end of all."""
+    (tmp_path / "file").write_text("")
+    for name, text in (("open.py", "def red(image:"), ("ends.py", "raise SystemExit"), ("red.py", "def red(): pass")):
+        (tmp_path / name).write_text(text)
+    source = rows(tmp_path / "in" / "0.tar", one("0"))
+    for out, flags, words in (
+            ("file", (), "is a file"), ("a", ("--workers", 0), "--workers 0: 1 or more"),
+            ("a", ("--min-aesthetic", "nan"), "--min-aesthetic nan"), ("a", ("--stage", 300), "--stage"),
+            ("a", ("--aesthetic", f"{tmp_path}/open.py:red"), "does not load: SyntaxError"),
+            ("a", ("--aesthetic", f"{tmp_path}/ends.py:red"), "does not load: SystemExit"),
+            ("b", ("--aesthetic", f"{tmp_path}/red.py:red", "--aesthetic-field", "mine"), "red.py:red failed: TypeErr")):
+        with pytest.raises(SystemExit) as end:
+            curate(source, tmp_path / out, "--no-caption", *flags)
+        err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
+        assert end.value.code == 2 and len(err) == 1 and words in err[0], err
+    assert not (tmp_path / "a").exists()
+    source = rows(tmp_path / "some" / "0.tar", one("0", mine=9), one("1", mine="nan"), one("2", mine=None))
+    curate(source, tmp_path / "c", "--no-caption", "--aesthetic-field", "mine")
+    assert reasons(tmp_path / "c") == {"1": "aesthetic score", "2": "aesthetic score"}
+
+
 LONG = " ".join(f"word{i}" for i in range(101))
 ANSWERS = {
     "": "empty caption", " \n": "empty caption", "...": "empty caption", None: "empty caption",

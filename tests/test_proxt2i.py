@@ -133,7 +133,10 @@ def test_pda_refuses_steps_that_are_too_long():
         proxt2i.pda_lambdas(9)
     assert max(proxt2i.pda_lambdas(10)) == pytest.approx(38.2, abs=.1)
     with pytest.raises(ValueError, match="4 steps of PDA"):
+        proxt2i.Config(scheme="pda", stage="train")
+    with pytest.raises(ValueError, match="rl wants --scheme hybrid"):
         proxt2i.Config(scheme="pda")
+    assert proxt2i.Config(scheme="pda", stage="sample").candidates     # training's own: what it was trained on is known
 
 
 def test_a_step_solves_its_implicit_equation():

@@ -451,6 +451,13 @@ def test_score_keeps_its_terms():
 
 # ===================================================================================================== flags and files
 
+def test_estimates_want_a_gpu_of_48_gb():
+    """By csrc/count.py one image's take 26 GB on SD3.5 Medium; typed, they are tried."""
+    line = ["--model", "sd35m", "--gpu-memory"]
+    for more, every in (([24], 0), ([48], 10), ([24, "--fisher-every", 5], 5)):
+        assert data.cli(slas.Config, slas.PRESETS, list(map(str, line + more)), slas.METHODS).fisher_every == every
+
+
 def test_gamma_is_any_number_from_0():
     for gamma in ("0", "1e-3", ".5", 0.5, "auto"):
         assert slas.Config(gamma=gamma).gamma == gamma
