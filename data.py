@@ -2207,7 +2207,7 @@ def training_stream(spec, size, rank, world, batch, seed):
 def scored(name, score, images, prompts, metas):
     """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image."""
     try:
-        reward = score(images, list(prompts), [dict(meta) for meta in metas])              # its own, to change as it likes
+        reward = score(images, list(prompts), [dict(meta) for meta in metas])              # its own, to change
     except (Exception, SystemExit) as error:
         raise ValueError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
     if not torch.is_tensor(reward) or reward.shape != (len(prompts),):

@@ -413,7 +413,7 @@ def check_model(cfg, pipe):
         raise ValueError(f"--model {cfg.model} is {kind}: --method {cfg.method} cannot use it")
     scheme = pipe.net.config.get("scheme", cfg.scheme)                 # of those that train wrote
     if scheme != cfg.scheme and cfg.stage != "finetune":
-        raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}; type that")
+        raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}: try it")
     if default_sampler(cfg) == "pda":
         pda_lambdas(cfg.eval_steps)
 

@@ -321,7 +321,7 @@ def test_a_folder_that_another_process_writes_is_refused(module, small, refused)
 
 
 def test_the_run_of_another_script_is_refused(small, refused):
-    """All pairs, also those that know all of each other's flags; a copy of a script goes on with the original's runs."""
+    """Pairs that know all of each other's flags, too; a copy of a script goes on with the original's runs."""
     for module in (slas, dgpo):
         module.main([*small, "--out", module.__name__])
     before = snapshot("slas"), snapshot("dgpo")

@@ -517,7 +517,7 @@ def test_curate_says_what_is_wrong_in_one_line(tmp_path, capsys):
             ("a", ("--min-aesthetic", "nan"), "--min-aesthetic nan"), ("a", ("--stage", 300), "--stage"),
             ("a", ("--aesthetic", f"{tmp_path}/open.py:red"), "does not load: SyntaxError"),
             ("a", ("--aesthetic", f"{tmp_path}/ends.py:red"), "does not load: SystemExit"),
-            ("b", ("--aesthetic", f"{tmp_path}/red.py:red", "--aesthetic-field", "mine"), "red.py:red failed: TypeErr")):
+            ("b", ("--aesthetic", f"{tmp_path}/red.py:red", "--aesthetic-field", "mine"), "red.py:red failed: Type")):
         with pytest.raises(SystemExit) as end:
             curate(source, tmp_path / out, "--no-caption", *flags)
         err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
