@@ -1332,23 +1332,19 @@ def last_run(method, out=""):
     return pathlib.Path(out) if out else runs[-1].parent
 
 
-def settings_of(out, config, method=""):
-    """A run's config.json as a dict, without what Config does not know.
-
-    Raises ValueError if it cannot be read, or is of another script than `method`: a copy of one, under a name of its
-    own, goes on with the runs of the original.
-    """
+def settings_of(out, config):
+    """A run's config.json as a dict. Raises ValueError if it cannot be read, or has other fields than Config."""
     if not (out / "config.json").is_file():
         raise ValueError(f"--resume: {out / 'config.json'} does not exist; leave --resume away to start there")
     try:
         before = json.loads((out / "config.json").read_bytes())
     except ValueError:
         raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
-    method = method or method_of(config)
-    script = before.get("script", method)
-    if method in ("dgpo", "grpo", "slas", "proxt2i") and script != method:
-        raise ValueError(f"--resume: {out} is a run of {script}.py, not of {method}.py")
-    return {field.name: before[field.name] for field in dataclasses.fields(config) if field.name in before}
+    if odd := sorted(before.keys() ^ {field.name for field in dataclasses.fields(config)}):
+        more = f" and {len(odd) - 3} more" * (len(odd) > 3)
+        raise ValueError(f"--resume: {out} is a run of another script, or of another version of this one: they differ "
+                         f"in {', '.join(odd[:3])}{more}")
+    return before
 
 
 def refuse(message):
@@ -1629,7 +1625,7 @@ class Run:
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
-            before = settings_of(out, type(cfg), method)
+            before = settings_of(out, type(cfg))
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
                     "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
             if self.rank == 0:                                        # before the checkpoint is read: nobody adds to it
@@ -1637,8 +1633,8 @@ class Run:
                 self._lock(out)
             self._agreed(out)
             for key, value in settings.items():
-                if key not in free and before.get(key) != value:
-                    raise ValueError(f"--resume: {out} was made with {key}={before.get(key)!r}, not {value!r}")
+                if key not in free and before[key] != value:
+                    raise ValueError(f"--resume: {out} was made with {key}={before[key]!r}, not {value!r}")
             try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
             except Exception as error:
@@ -1705,7 +1701,7 @@ class Run:
                 (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
                 raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
-            settings = {"script": self.method, **dataclasses.asdict(self.cfg), "resume": False}   # as typed last
+            settings = {**dataclasses.asdict(self.cfg), "resume": False}                   # --steps as typed last
             write_atomic(self.out / "config.json", f"{json.dumps(settings, indent=2)}\n".encode())
             for name in self.FILES:
                 with open(self.out / name, "ab+") as f:

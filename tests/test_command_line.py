@@ -327,7 +327,7 @@ def test_the_run_of_another_script_is_refused(small, refused):
     before = snapshot("slas"), snapshot("dgpo")
     for module, out in ((grpo, "slas"), (dgpo, "slas"), (grpo, "dgpo"), (slas, "dgpo"), (proxt2i, "dgpo")):
         refused(module, ["--resume", "--out", out, "--steps", 2],
-                f"{out} is a run of {out}.py, not of {module.__name__}.py")
+                f"{out} is a run of another script", "they differ in ")
     assert (snapshot("slas"), snapshot("dgpo")) == before
     Path("mine.py").write_bytes((ROOT / "dgpo.py").read_bytes())
     subprocess.run([sys.executable, "mine.py", *small, "--out", "dgpo", "--resume", "--steps", "2"], check=True,
