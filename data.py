@@ -1339,7 +1339,9 @@ def settings_of(out, config):
     try:
         before = json.loads((out / "config.json").read_bytes())
     except ValueError:
-        raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out") from None
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{out / 'config.json'} is damaged, not JSON; start anew with another --out")
     if odd := sorted(before.keys() ^ {field.name for field in dataclasses.fields(config)}):
         more = f" and {len(odd) - 3} more" * (len(odd) > 3)
         raise ValueError(f"--resume: {out} is a run of another script, or of another version of this one: they differ "
@@ -1629,7 +1631,6 @@ class Run:
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
                     "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
             if self.rank == 0:                                        # before the checkpoint is read: nobody adds to it
-                (out / "last").mkdir(exist_ok=True)
                 self._lock(out)
             self._agreed(out)
             for key, value in settings.items():
@@ -1695,7 +1696,6 @@ class Run:
                     self.out = free_run(self.method)                  # another run was quicker
                     self.say(f"out: {self.out}")
                 if not self.cfg.resume:
-                    (self.out / "last").mkdir(parents=True, exist_ok=True)
                     self._lock(self.out)
                 self._refuse_taken(self.out)
                 (self.out / "samples").mkdir(exist_ok=True)
@@ -1723,7 +1723,11 @@ class Run:
 
     def _lock(self, out):
         """Refuse a folder while another process writes there. The lock goes with this process, however it ends."""
-        self.lock = open(out / "last" / "lock", "ab")
+        try:
+            (out / "last").mkdir(parents=True, exist_ok=True)
+            self.lock = open(out / "last" / "lock", "ab")
+        except OSError as error:
+            raise ValueError(f"cannot make --out {out}: {error.strerror}") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
