@@ -124,7 +124,7 @@ class Config:
     eval_images: int = 600              # test images, before and after
     val_images: int = 240               # validation images, on the way
     save_every: int = 10                # steps between checkpoints
-    seed: int = 0                       # everything random is a function of (seed, step, group; in training: rank)
+    seed: int = 0                       # everything random is a function of (seed, step, group; in training: image)
     out: str = ""                       # the run's folder; empty: a free runs/proxt2i-NNN
     resume: bool = False                # go on from OUT/last with OUT's settings; on a CPU bit for bit
     fused: bool = True                  # compiled ops where built; --fused: build them first; --no-fused: plain PyTorch
