@@ -191,15 +191,21 @@ def world_prompts(split):
     return copy.deepcopy(metas)                                        # the caller's own
 
 
-def draw_prompts(metas, n, seed):
-    """n metas, each of a task (its "tag") drawn uniformly, then of that task's rows uniformly; a function of seed.
-
-    A task whose rows carry an integer "weight" is drawn that many times as often as one whose rows carry none.
-    """
-    rng, by_tag = random.Random(f"draw {seed}"), {}
+def tasks_of(metas):
+    """The metas of each task (their "tag"), a list of lists; as often as the "weight" of a task's first meta says."""
+    by_tag = {}
     for meta in metas:
         by_tag.setdefault(meta.get("tag"), []).append(meta)
-    tasks = [rows for rows in by_tag.values() for _ in range(rows[0].get("weight", 1))]
+    return [rows for rows in by_tag.values() for _ in range(rows[0].get("weight", 1))]
+
+
+def draw_prompts(metas, n, seed, tasks=None):
+    """n metas, each of a task (its "tag") drawn uniformly, then of that task's rows uniformly; a function of seed.
+
+    A task whose first meta has an integer "weight" is drawn that many times as often as one without. tasks:
+    `tasks_of(metas)`, where it is known.
+    """
+    rng, tasks = random.Random(f"draw {seed}"), tasks or tasks_of(metas)
     return [rng.choice(rng.choice(tasks)) for _ in range(n)]
 
 
@@ -380,6 +386,7 @@ HPDV2 = ("curl -L --create-dirs -o weights/hpdv2/train.txt "            # as Dan
 
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv")
+HALF = re.compile("[\ud800-\udfff]")                                 # half of a surrogate pair: an emoji cut in two
 
 
 def prompts(spec, split):
@@ -425,7 +432,7 @@ def prompts(spec, split):
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
-        if re.search("[\ud800-\udfff]", row["prompt"]):
+        if HALF.search(row["prompt"]):
             raise ValueError(f"{path}: row {i}: half of a surrogate pair, no character: {row['prompt']!a:.60}")
         weight = row.get("weight", 1)
         if not isinstance(row.get("tag"), str | None) or type(weight) is not int or weight < 1:
@@ -458,12 +465,20 @@ def _rows(suffix, text):
     if suffix == ".txt":
         return [line.strip() for line in lines]
     if suffix == ".jsonl":
-        return [json.loads(line) for line in lines]
+        rows = []
+        for n, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(f"line {n} of the file: {error.msg}", line, error.pos) from None
+        return rows
     if suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         for n, row in enumerate(rows, 1):
             if None in row:
                 raise csv.Error(f"row {n} has more cells than the header; a prompt with a comma wants quotes around it")
+            if (row.get("weight") or "").isdecimal():                  # all cells are text
+                row["weight"] = int(row["weight"])
         return [unigenbench_row(row) if {"prompt_en", "prompt_zh"} & row.keys() else row for row in rows]
     return json.loads(text) if lines else []
 
@@ -640,9 +655,10 @@ def find_shards(paths):
                     if not line.strip():
                         continue
                     try:
-                        name, text = json.loads(line)["file_name"], json.loads(line).get("text")
-                        shards.append((str(path / name), os.path.splitext(name)[0], str(text or "")))
-                    except (ValueError, LookupError, TypeError):
+                        row = json.loads(line)
+                        name, text = row["file_name"], str(row.get("text") or "")
+                        shards.append((str(path / name), os.path.splitext(name)[0], text))
+                    except (ValueError, LookupError, TypeError, AttributeError):
                         raise ValueError(f"{table}, line {n}: not an object with file_name and text: {line}") from None
             else:
                 shards += [(str(file), str(file.relative_to(path).with_suffix("")), None)
@@ -738,6 +754,8 @@ def read_caption(files):
         raise Bad("corrupt caption") from None
     if not isinstance(text, str) or not text.strip():
         raise Bad("no caption")
+    if HALF.search(text):
+        raise Bad("corrupt caption")
     return text.strip()
 
 
@@ -763,8 +781,9 @@ class Stream:
 
     def __init__(self, shards, rank, world, seed, epochs, shuffle, block, workers):
         if len(shards) < world:
-            raise ValueError(f"{len(shards)} shards cannot be dealt to {world} processes, the first is {shards[0][0]}: "
-                             f"start at most {len(shards)}, or cut the data into more shards")
+            first = f", the first is {shards[0][0]}: start at most {len(shards)}" if shards else ": there are no images"
+            raise ValueError(f"{len(shards)} shards cannot be dealt to {world} processes{first}, or cut the data into "
+                             f"more shards")
         self.shards, self.rank, self.world, self.seed = shards, rank, world, seed
         self.epochs, self.shuffle, self.block, self.workers = epochs, shuffle, block, workers
         self.bad, self.skipped = {}, collections.Counter()             # {sample: reason}, {reason: how many}
@@ -874,8 +893,11 @@ class Images(Stream):
         elif start == 0:
             file = pathlib.Path(path)
             beside = {kind: file.with_suffix(f".{kind}") for kind in ("txt", "json")} | {file.suffix[1:].lower(): file}
-            files = {kind: part.read_bytes() for kind, part in beside.items() if part.is_file()}
-            yield path, (key, files if caption is None else {**files, "txt": caption.encode()})
+            try:
+                files = {kind: part.read_bytes() for kind, part in beside.items() if part.is_file()}
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror}") from None
+            yield path, (key, files if caption is None else {**files, "txt": caption.encode("utf-8", "surrogatepass")})
 
     def decode(self, raw):
         key, files = raw
@@ -942,7 +964,10 @@ class Cached(Stream):
         index = pathlib.Path(folder) / "index.json"
         if not index.is_file():
             raise ValueError(f"{index} does not exist: the latents are not finished; call data.latents there again")
-        files = [(str(index.parent / file),) for file in json.loads(index.read_bytes())["files"]]
+        try:
+            files = [(str(index.parent / file),) for file in json.loads(index.read_bytes())["files"]]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{index} is not one of data.latents") from None
         super().__init__(files, rank, world, seed, epochs, shuffle, block, workers)
 
     def read(self, shard, start):
@@ -1000,9 +1025,10 @@ If no, respond with 'No' and nothing else."""
 def caption_fault(text):
     """Why a model's answer is no caption: empty, refused, repeats itself, too short or too long. None if it is one."""
     words = re.findall(r"\w+", text.lower())
-    if not words:
-        return "empty caption"
-    if re.match(r"\W*(i['’]m |i (am|can|do|will|apolog)|sorry|as an ai|unable to|unfortunately)", text, re.I):
+    if not words or HALF.search(text):
+        return "corrupt caption" if words else "empty caption"
+    if re.match(r"\W*((i['’]m|i am) (sorry|unable|not able)|i (can['’]?t|cannot|can not|do not|don['’]t|will not|"
+                r"won['’]t|apologi[sz]e)|(sorry|as an ai|unable to|unfortunately)\b)", text, re.I):
         return "refused caption"
     phrases = collections.Counter(zip(words, words[1:], words[2:], words[3:]))
     if 2 * len(set(words)) < len(words) or max(phrases.values(), default=0) > 2 or max(map(len, words)) > 40:
@@ -1023,8 +1049,11 @@ def chat(server, model, messages, stop, timeout=120., retries=6, backoff=1., **o
     the last one, and ValueError at once for any other refusal.
     """
     body = json.dumps({"model": model, "temperature": 0, **options, "messages": messages}).encode()
+    key = os.environ.get("OPENAI_API_KEY", "none").strip()             # a file's last line may end it
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("$OPENAI_API_KEY holds characters that no header of HTTP can have")
     request = urllib.request.Request(f"{server.rstrip('/')}/chat/completions", body, {
-        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+        "Content-Type": "application/json", "Authorization": f"Bearer {key}"})
     for n in range(retries + 1):
         try:
             with urllib.request.urlopen(request, timeout=timeout) as reply:
@@ -1139,15 +1168,23 @@ def curate(args):
     file, log = out / "summary.json", out / "dropped.jsonl"
     settings = {name: getattr(args, name) for name in ("stage", "min_aesthetic", "aesthetic_field", "aesthetic",
                                                        "no_aesthetic", "model", "hands", "no_caption", "max_pixels")}
-    summary = {"total": {}, "settings": settings, "written": 0, "shards": {}}       # written: bytes of dropped.jsonl
-    if file.exists():
-        summary = json.loads(file.read_bytes())
-    elif out.exists() and {path.name for path in out.iterdir()} - {"summary.json.new"}:
+    summary = {"total": {}, "settings": settings, "written": 0,       # written: bytes of dropped.jsonl
+               "shards": {}, "sources": {}}                            # by a shard's name: what counts, and its path
+    if out.exists() and not file.exists() and {path.name for path in out.iterdir()} - {"summary.json.new", ".lock"}:
         raise ValueError(f"{out} is not empty and holds no summary.json: choose another folder to write to")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = locked(out / ".lock", out)
+    if file.exists():
+        summary |= json.loads(file.read_bytes())
     for name, value in settings.items():
         if summary["settings"].get(name) != value:
             raise ValueError(f"{out} was begun with {name}={summary['settings'].get(name)!r}, not {value!r}: give the "
                              f"same options, or another folder")
+    for path in paths:
+        source = summary["sources"].get(path.name, str(path.resolve()))
+        if source != str(path.resolve()):
+            raise ValueError(f"{out / path.name} was made from {source}, not from {path}: choose another folder, or, if "
+                             f"the source has moved, correct it in {file}")
     for name in [*summary["shards"], *["dropped.jsonl"] * bool(summary["shards"])]:
         if not (out / name).is_file():
             raise ValueError(f"{out / name} is gone, though {file} knows it: put it back, or start in another folder")
@@ -1165,7 +1202,6 @@ def curate(args):
         rows.append(json.dumps({"shard": path.name, "key": key, "reason": reason}) + "\n")
         counts[reason] += 1
 
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(summary, indent=2).encode())
     pool, bar = ThreadPoolExecutor(args.workers), tqdm(unit=" images")
     try:
@@ -1192,7 +1228,7 @@ def curate(args):
                 f.truncate(summary["written"])                         # lines of a shard that was not finished
                 f.write("".join(rows).encode())
             os.replace(new, out / path.name)
-            summary["shards"][path.name] = counts
+            summary["shards"][path.name], summary["sources"][path.name] = counts, str(path.resolve())
             summary["total"] = sum(map(collections.Counter, summary["shards"].values()), collections.Counter())
             summary["written"] = log.stat().st_size
             write_atomic(file, json.dumps(summary, indent=2).encode())
@@ -1200,6 +1236,7 @@ def curate(args):
         stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
+        lock.close()
     if not summary["total"].get("kept"):
         raise ValueError(f"{args.source}: nothing is left; {log} has the reasons: {dict(summary['total'])}")
     return summary["total"]
@@ -1242,9 +1279,10 @@ def cli(config, presets, argv=None, defaults=None):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
-    that are given, --gpu-memory's between them, and `defaults`, {method: {field: value}}, under all. No --preset is
-    "official" for a public model's name, else "tiny". Where only --groups or --sample-steps is given, updates and
-    train_steps come down to what they allow. Returns the dataclass, whose __post_init__ may raise ValueError.
+    that are given, --gpu-memory's between them, and `defaults`, {method: {field: value}}, under all, but above those of
+    a preset of another method. No --preset is "official" for a public model's name, else "tiny". Where only --groups or
+    --sample-steps is given, updates and train_steps come down to what they allow. Returns the dataclass, whose
+    __post_init__ may raise ValueError.
     """
     import models
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
@@ -1298,9 +1336,9 @@ def cli(config, presets, argv=None, defaults=None):
         fit = {"updates": math.gcd(full["updates"], full["groups"]),
                "train_steps": min(full["train_steps"], full["sample_steps"])}
         values |= {name: value for name, value in fit.items() if name not in given}
-        if values.get("gpu_memory") and "micro_batch" not in typed:    # the ratio wants the rollout's batches again
-            now = full | values
-            size, share = now["group_size"], now["groups"] // now["updates"] // int(os.environ.get("WORLD_SIZE", 1))
+        if values.get("gpu_memory") and "micro_batch" not in (typed if "gpu_memory" in typed else given):
+            now, world = full | values, int(os.environ.get("WORLD_SIZE", 1))               # the ratio wants the
+            size, share = now["group_size"], now["groups"] // max(1, now["updates"]) // world  # rollout's batches again
             values["micro_batch"] = next(m for m in range(now["micro_batch"], 0, -1)
                                          if size % m == 0 or m % size == 0 and share * size % m == 0)
     cfg = config(**values)
@@ -1596,15 +1634,13 @@ class Run:
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
         self.passes, self.counting = [0, 0], True                     # this process's in this step, see watch
+        self.tasks = None, []                                         # the prompts that are drawn from, and by task
         self.shards = None                                            # name of the last checkpoint's
         self.laps, self.mark = {}, time.perf_counter()                # seconds of this step by what they went into
         if self.state:
             self.count, self.norms = self.state["count"], self.state["norms"]
             self.shards = self.state.get("shards")
         self.start = time.time() - self.count["seconds"]
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, self._stop)
         self.say(f"python {' '.join(sys.argv)}\n{method}, preset {cfg.preset}, on {self.world} x {self.device.type}, "
                  f"out: {self.out}")
 
@@ -1675,6 +1711,9 @@ class Run:
             few = cfg.steps * cfg.groups < len(rows)                   # so few steps: theirs alone
             drawn = [row for step in range(cfg.steps) for row in self.drawn(rows, step)] if few else rows
             self.prepare([*drawn, *self.test, *self.val])
+        if threading.current_thread() is threading.main_thread():      # until here there is nothing to be saved
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self._stop)
         self.make_out()
         self.restore()
         if rows and cfg.eval_every and not self.state:
@@ -1718,23 +1757,16 @@ class Run:
             for row in times.read_text().splitlines() if times.exists() else []:
                 if row.endswith("}") and json.loads(row)["step"] <= self.count["step"]:
                     kept.setdefault(json.loads(row)["step"], row)
-            times.write_text("".join(f"{row}\n" for row in kept.values()))
+            write_atomic(times, "".join(f"{row}\n" for row in kept.values()).encode())
         self.out = self._agreed(self.out)
 
     def _lock(self, out):
         """Refuse a folder while another process writes there. The lock goes with this process, however it ends."""
         try:
             (out / "last").mkdir(parents=True, exist_ok=True)
-            self.lock = open(out / "last" / "lock", "ab")
+            self.lock = locked(out / "last" / "lock", f"--out {out}")
         except OSError as error:
             raise ValueError(f"cannot make --out {out}: {error.strerror}") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{out} is another process's, which still runs: end that, or choose another --out"
-                             ) from None
-        except OSError:                                               # a file system without locks
-            pass
 
     def _agreed(self, out):
         """The first process's folder, on all of them."""
@@ -1802,7 +1834,9 @@ class Run:
 
     def drawn(self, rows, step):
         """The prompts of a step, over all processes."""
-        return draw_prompts(rows, self.cfg.groups, mix(self.cfg.seed, step, "prompts"))
+        if self.tasks[0] is not rows:                                  # 50,000 rows take 50 ms to sort
+            self.tasks = rows, tasks_of(rows)
+        return draw_prompts(rows, self.cfg.groups, mix(self.cfg.seed, step, "prompts"), self.tasks[1])
 
     def groups(self, rows, step):
         """This process's share of the prompts drawn for a step, cfg.groups in all, each group_size times.
@@ -1866,9 +1900,9 @@ class Run:
     def update(self, opt, params, max_norm, rate=None, skip_above=20.0):
         """Sum the gradients over the processes in few all-reduces, clip their norm, take the step. Returns the norm.
 
-        A norm that is NaN, infinite or over skip_above times the median of the last 50 is a spike: the step is skipped,
-        said, counted, and told by `skipped`. A spike counts as the limit in that median, so that a lasting rise is let
-        through in the end.
+        A norm that is NaN, infinite or, from ten of them on, over skip_above times the median of the last 50 is a
+        spike: the step is skipped, said, counted as an update and as skipped, and told by `skipped`. A spike counts as
+        the limit in that median, so that a lasting rise is let through in the end.
         """
         import models
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
@@ -1952,9 +1986,7 @@ class Run:
             self._append("evals.jsonl", *({**self.count, "seconds": time.time() - self.start, **row} for row in rows))
 
     def _append(self, file, *rows):
-        """Lines of JSON at a file's end, floats to six digits after the point."""
-        rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-                for row in rows]
+        """Lines of JSON at a file's end, floats to nine digits."""
         with open(self.out / file, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
@@ -2048,10 +2080,12 @@ class Run:
 
 
 def finite(value):
-    """A value for JSON, which has no NaN and no infinity: None in their place, in dicts at any depth, too."""
+    """A value for JSON: floats to nine digits, None for NaN and infinity, which it has not; in dicts at any depth."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def write_atomic(path, content):
@@ -2066,9 +2100,29 @@ def write_atomic(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, path)
-    except OSError as error:
+    except BaseException as error:
         new.unlink(missing_ok=True)                                    # a part of it, on a full disk
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        cause = error if isinstance(error, OSError) else error.__context__                 # torch.save's RuntimeError
+        if isinstance(cause, OSError):
+            raise ValueError(f"cannot write {path}: {cause.strerror}") from None
+        raise
+
+
+def locked(file, what):
+    """A file, open and locked until it is closed or the process ends. ValueError, naming `what`, if another has it."""
+    lock = open(file, "ab")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{what} is another process's, which still runs: end that, or choose another folder") from None
+    except OSError:                                                   # a file system without locks
+        pass
+    return lock
+
+
+def write_png(path, image):
+    """Write a PIL image as a PNG, as `write_atomic` writes."""
+    write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
 def check_ratio(run, differences, stop=True):
@@ -2166,11 +2220,11 @@ class WorldStream:
 class ImageStream:
     """The same of image files, `Images`, or of a folder of latents and text features, `Cached`: one batch ahead, too.
 
-    Raises ValueError where the data set ends, so for one that holds no image.
+    Raises ValueError after an epoch without one good image.
     """
 
     def __init__(self, spec, size, rank, world, batch, seed):
-        self.cached = (pathlib.Path(spec) / "index.json").is_file()
+        self.cached = any(pathlib.Path(spec).glob("*-of-*-*.safetensors"))                 # as `latents` names them
         self.source = Cached(spec, rank, world, seed) if self.cached else Images(spec, size, rank, world, seed)
         self.name, self.batch, self.at = spec, batch, self.source.state()
         self.reader, self.ahead = ThreadPoolExecutor(1), None
@@ -2194,6 +2248,13 @@ class ImageStream:
         self.at = state
 
 
+def check_cached(spec, found, wanted):
+    """Raise ValueError unless a batch's shapes, the batch's size left out, are those that the model wants."""
+    if found != wanted:
+        raise ValueError(f"--images {spec} holds latents and text features of shapes {found}, and this model wants "
+                         f"{wanted}: encode the images for it, at its --resolution")
+
+
 def training_stream(spec, size, rank, world, batch, seed):
     """Batches to train on: "shapes", the tiny world; else a folder, a tar or a pattern of tars, or a cached folder.
 
@@ -2207,7 +2268,7 @@ def training_stream(spec, size, rank, world, batch, seed):
 def scored(name, score, images, prompts, metas):
     """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image."""
     try:
-        reward = score(images, list(prompts), [dict(meta) for meta in metas])              # its own, to change
+        reward = score(images, list(prompts), [copy.deepcopy(meta) for meta in metas])     # its own, to change
     except (Exception, SystemExit) as error:
         raise ValueError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
     if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
@@ -2425,9 +2486,7 @@ def picture(path, rows, captions, titles, scale=3):
         for j, tile in enumerate(tiles[:len(captions)]):
             sheet.paste(Image.fromarray(tile).resize((side, side), Image.NEAREST if size < 128 else Image.LANCZOS),
                         (left + j * (side + pad), top))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    write_png(path, sheet)
 
 
 def sheet(run, prompts, draw):
@@ -2441,7 +2500,7 @@ def sheet(run, prompts, draw):
 
 def strip(folder):
     """All of a run's sheets, one under the other, as samples/strip.png."""
-    sheets = sorted(folder.glob("[0-9]" * 6 + ".png"))
+    sheets = sorted(folder.glob("[0-9]*.png"), key=lambda file: int(file.stem))
     if sheets:
         with Image.open(sheets[0]) as page:
             width, height = page.width, page.height - HEADER
@@ -2449,9 +2508,7 @@ def strip(folder):
         for i, file in enumerate(sheets):
             with Image.open(file) as page:                            # one at a time: a process may open 1024
                 whole.paste(page.crop((0, HEADER if i else 0, *page.size)), (0, HEADER + height * i if i else 0))
-        buffer = io.BytesIO()
-        whole.save(buffer, "PNG")
-        write_atomic(folder / "strip.png", buffer.getvalue())
+        write_png(folder / "strip.png", whole)
 
 
 INKS = [(31, 98, 180), (214, 90, 30), (40, 140, 70), (130, 70, 170), (90, 90, 90), (190, 150, 20), (20, 150, 160)]
@@ -2499,9 +2556,7 @@ def chart(path, panels, ticks=None, width=420, height=300):
         x, y = left + 130 * (i % row), height + 2 + 18 * (i // row)
         pen.line([(x, y + 7), (x + 22, y + 7)], fill=INKS[i % len(INKS)], width=3)
         pen.text((x + 28, y), label, fill="black", font=font)
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    write_png(path, page)
 
 
 def wide(dtype):
@@ -2510,7 +2565,9 @@ def wide(dtype):
 
 
 def restore(params, values):
-    """Copy saved tensors into parameters, in order, in place."""
+    """Copy saved tensors into parameters, in order, in place. ValueError where they are not the same shapes."""
+    if [p.shape for p in params] != [value.shape for value in values]:
+        raise ValueError("the checkpoint's weights are not the model's: has its directory changed since the run began?")
     with torch.no_grad():
         for p, value in zip(params, values):
             p.copy_(value)
@@ -2620,7 +2677,9 @@ def comparison(run, table, steps):
     text = [line for reward, values in table.items() for line in (
         [reward, *steps], *([name, *(f"{values[name, n]:.3f}" for n in steps)] for name in names))]
     if run.rank == 0:
-        write_atomic(run.out / "compare.csv", "".join(",".join(map(str, line)) + "\n" for line in text).encode())
+        page = io.StringIO(newline="")
+        csv.writer(page, lineterminator="\n").writerows(text)          # a sum of rewards has commas in its name
+        write_atomic(run.out / "compare.csv", page.getvalue().encode())
         chart(run.out / "samples" / "curves.png", {
             f"{reward} against steps": {name: [[(n, values[name, n]) for n in steps]] for name in names}
             for reward, values in table.items()}, steps)
@@ -2659,9 +2718,7 @@ def main(argv=None):
     with exit_codes():
         args = parser.parse_args(argv)
         if args.command == "world":
-            buffer = io.BytesIO()
-            contact_sheet().save(buffer, "PNG")
-            write_atomic(pathlib.Path(args.out), buffer.getvalue())
+            write_png(args.out, contact_sheet())
         else:
             for reason, count in sorted(curate(args).items(), key=lambda item: -item[1]):
                 print(f"{count:>10} {reason}")

@@ -559,6 +559,8 @@ def train(cfg):
         u = torch.tensor([data.uniform(3, *key, "train") for key in keys], dtype=torch.float64)    # (B, 3)
         dropped = u[:, 0] < cfg.drop
         if stream.cached:                                              # latents already, and text features
+            data.check_cached(cfg.images, [tuple(x.shape[1:]) for x in (images, *captions)],
+                              [tuple(shape), *(tuple(n.shape[1:]) for n in null)])
             x_0, empty = images.to(run.device, data.wide(cfg.dtype)), dropped[:, None, None].to(run.device)
             ctx = [torch.where(empty, n, c.to(n)) for n, c in zip(null, captions)]
         else:

@@ -285,6 +285,20 @@ def test_out_that_is_taken(module, small, refused):
     assert os.listdir("other") == ["notes.txt"] and Path("other/notes.txt").read_text() == "not a run"
 
 
+@pytest.mark.parametrize("module", (grpo, slas))
+def test_a_resume_keeps_the_micro_batch_that_was_typed(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "sd35m", "--gpu-memory", "24", "--out", "out"]
+    first = data.cli(module.Config, module.PRESETS, [*words, "--micro-batch", "7"], module.METHODS)
+    assert first.micro_batch == 7
+    Path("out").mkdir()
+    Path("out/config.json").write_text(json.dumps(dataclasses.asdict(first)))
+    again = data.cli(module.Config, module.PRESETS, ["--out", "out", "--resume"], module.METHODS)
+    assert again == dataclasses.replace(first, resume=True)
+    with pytest.raises(ValueError, match="--updates 0"):
+        data.cli(module.Config, module.PRESETS, [*words, "--updates", "0"], module.METHODS)
+
+
 @BOTH
 def test_two_runs_at_once_take_two_folders(module, small, capsys):
     """Both look for a free one before either has begun; a folder that was named is refused instead."""

@@ -634,7 +634,7 @@ def test_stopped_at_every_moment_it_goes_on_to_the_same_output(tmp_path, monkeyp
     run = lambda out: curate(tmp_path / "in", tmp_path / out, "--no-caption", "--no-aesthetic")
     run("whole")
     whole = contents(tmp_path / "whole")
-    assert set(whole) == {"0.tar", "1.tar", "2.tar", "dropped.jsonl", "summary.json"}
+    assert set(whole) == {"0.tar", "1.tar", "2.tar", "dropped.jsonl", "summary.json", ".lock"}
     summary = json.loads(whole["summary.json"])
     assert summary["shards"]["0.tar"] == {"unsafe path": 1, "kept": 3, "short edge": 1, "no image": 1,
                                           "corrupt image": 1}
@@ -666,6 +666,57 @@ def test_stopped_at_every_moment_it_goes_on_to_the_same_output(tmp_path, monkeyp
         got = contents(tmp_path / f"{kill}")
         assert {name: got[name] for name in whole} == whole and set(got) - set(whole) <= {"summary.json.new"}, kill
     assert next(moments) < 20                                          # all moments were tried
+
+
+def test_shards_of_another_source_and_another_process_are_refused(tmp_path, capsys):
+    """img2dataset calls the first shard of every data set 00000.tar."""
+    for source, color in (("a", "red"), ("b", "blue")):
+        rows(tmp_path / source / "00000.tar", one("0", color=color))
+    curate(tmp_path / "a", tmp_path / "out", "--no-caption", "--no-aesthetic")
+    before = contents(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        curate(tmp_path / "b", tmp_path / "out", "--no-caption", "--no-aesthetic")
+    assert f"00000.tar was made from {tmp_path / 'a' / '00000.tar'}, not from" in capsys.readouterr().err
+    hold = "import fcntl; f = open('.lock', 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path / "out", stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(SystemExit):
+        curate(tmp_path / "a", tmp_path / "out", "--no-caption", "--no-aesthetic")
+    assert "out is another process's, which still runs" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    other.kill()
+    other.wait()
+
+
+def test_half_of_a_surrogate_pair_is_a_corrupt_caption(tmp_path, server):
+    """Emoji that were cut in two, as JSON can spell them: in a shard, in a table of images, in a server's answer."""
+    half = {"0.png": picture(0, (256, 256)), "0.json": '{"caption": "cat \\ud83d"}'}
+    write_tar(tmp_path / "in" / "0.tar", half | one("1"))
+    stream = Images(tmp_path / "in", 16, epochs=1)
+    assert keys(stream) == ["1"] and list(stream.bad.values()) == ["corrupt caption"]
+    curate(tmp_path / "in", tmp_path / "kept", "--no-caption", "--no-aesthetic")
+    assert reasons(tmp_path / "kept") == {"0": "corrupt caption"}
+    server.answer = lambda text, image, n: (200, CAPTION + " \ud83d")
+    with pytest.raises(SystemExit):
+        curate(tmp_path / "in", tmp_path / "asked", *flags(server))
+    assert set(reasons(tmp_path / "asked").values()) == {"corrupt caption"}
+    (tmp_path / "table").mkdir()
+    for name in "ab":
+        (tmp_path / "table" / f"{name}.png").write_bytes(picture(0))
+    (tmp_path / "table" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "cat \\ud83d"}\n{"file_name": "b.png", "text": "dog"}\n')
+    assert keys(Images(tmp_path / "table", 16, epochs=1)) == ["b"]
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(picture(0))
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(ValueError, match="cannot read .*a.png: Input/output error"):
+        take(Images(tmp_path, 16, epochs=1))
 
 
 def test_killed_for_real(tmp_path, server):

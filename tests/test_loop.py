@@ -420,10 +420,56 @@ def test_a_full_disk_leaves_a_folder_that_can_be_used(flags, monkeypatch, capsys
     assert run(dgpo, flags())[0]["steps"] == 2
 
 
+def test_a_full_disk_in_torch_save(tmp_path):
+    """torch.save raises a RuntimeError of its own over the OSError."""
+    file = tmp_path / "state.pt"
+    data.write_atomic(file, b"old")
+    code = ("import resource, sys, torch, data; resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
+            "data.write_atomic(sys.argv[1], lambda f: torch.save(torch.zeros(10000), f))")
+    done = subprocess.run([sys.executable, "-c", code, file], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert "ValueError: cannot write" in done.stderr.splitlines()[-1] and "File too large" in done.stderr
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
 def test_json_has_no_nan():
-    row = data.finite({"a": math.nan, "b": {"c": [1.0], "d": -math.inf, "e": {"f": 2.5}}, "g": "NaN"})
-    assert row == {"a": None, "b": {"c": [1.0], "d": None, "e": {"f": 2.5}}, "g": "NaN"}
+    row = data.finite({"a": math.nan, "b": {"c": [1.0], "d": -math.inf, "e": {"f": 2.5}}, "g": "NaN", "h": 1.25e-9,
+                       "i": 1 / 3, "j": 3})
+    assert row == {"a": None, "b": {"c": [1.0], "d": None, "e": {"f": 2.5}}, "g": "NaN", "h": 1.25e-9, "i": .333333333,
+                   "j": 3}
     json.dumps(row, allow_nan=False)
+
+
+def test_a_reward_cannot_change_the_prompts():
+    def greedy(images, prompts, metas):
+        for meta in metas:
+            meta["include"].clear()
+        prompts.clear()
+        return images.mean((1, 2, 3))
+    prompts, metas = ["a", "b"], [{"include": [{"class": "dog"}]}] * 2
+    data.scored("greedy", greedy, torch.rand(2, 3, 4, 4), prompts, metas)
+    assert prompts == ["a", "b"] and metas == [{"include": [{"class": "dog"}]}] * 2
+
+
+def test_weights_of_another_model_are_refused():
+    for values in ([torch.ones(1)], [torch.ones(1), torch.ones(3)]):
+        params = [torch.zeros(2, 3), torch.zeros(3)]
+        with pytest.raises(ValueError, match="has its directory changed"):
+            data.restore(params, values)
+        assert not any(p.any() for p in params)
+
+
+def test_before_a_run_has_begun_signals_end_it(flags, monkeypatch):
+    """And so they do in proxt2i.py's compare and sample, which have nothing to save."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    seen = []
+    monkeypatch.setattr(data.Run, "prepare", lambda self, rows: seen.append(
+        {name: signal.getsignal(name) for name in before}))
+    done = data.Run.steps
+    monkeypatch.setattr(data.Run, "steps", lambda self, *args, **more: (seen.append(signal.getsignal(signal.SIGTERM)),
+                                                                        done(self, *args, **more))[1])
+    run(dgpo, flags())
+    assert seen[0] == before and seen[1] not in before.values()
 
 
 @BOTH
