@@ -37,6 +37,8 @@ import time
 import traceback
 import urllib.error
 import urllib.request
+import weakref
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")         # before torch: a waiting thread soon gives its core to others
@@ -1040,13 +1042,21 @@ class NoAnswer(ValueError):
     """A server gave no answer, however often it was asked."""
 
 
+class Refused(ValueError):
+    """A server refused a question: `code` is HTTP's."""
+
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
 def chat(server, model, messages, stop, timeout=120., retries=6, backoff=1., **options):
     """An OpenAI-compatible server's first choice: a dict, its text in choice["message"]["content"], stripped.
 
     server: the address up to /v1; messages: as the API has them; options: more fields of the request, such as
     max_tokens. The key is $OPENAI_API_KEY. A server that is slow, busy (429), broken (5xx) or answers noise is asked
     again, `retries` times, after waits that double, with jitter, until the Event `stop` is set. Raises NoAnswer after
-    the last one, and ValueError at once for any other refusal.
+    the last one, and Refused at once for any other answer than 200.
     """
     body = json.dumps({"model": model, "temperature": 0, **options, "messages": messages}).encode()
     key = os.environ.get("OPENAI_API_KEY", "none").strip()             # a file's last line may end it
@@ -1063,7 +1073,7 @@ def chat(server, model, messages, stop, timeout=120., retries=6, backoff=1., **o
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
-                raise ValueError(f"{server} refused: {problem}: {error.read(300)!r}") from None
+                raise Refused(f"{server} refused: {problem}: {error.read(300)!r}", error.code) from None
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"               # unreachable, slow, torn off, or not an answer
         if n == retries or stop.wait(min(60, backoff * 2**n) * (.5 + random.random())):
@@ -1183,8 +1193,8 @@ def curate(args):
     for path in paths:
         source = summary["sources"].get(path.name, str(path.resolve()))
         if source != str(path.resolve()):
-            raise ValueError(f"{out / path.name} was made from {source}, not from {path}: choose another folder, or, if "
-                             f"the source has moved, correct it in {file}")
+            raise ValueError(f"{out / path.name} was made from {source}, not from {path}: choose another folder; or, "
+                             f"where the source has moved, correct it in {file}")
     for name in [*summary["shards"], *["dropped.jsonl"] * bool(summary["shards"])]:
         if not (out / name).is_file():
             raise ValueError(f"{out / name} is gone, though {file} knows it: put it back, or start in another folder")
@@ -1488,6 +1498,8 @@ def load_judges(cfg, run):
     run.judges = rewards.judges(cfg, run.device)
     val, test = (prompts(cfg.prompts, split) for split in ("val", "test"))
     run.val, run.test = draw_prompts(val, cfg.val_images, "val"), draw_prompts(test, cfg.eval_images, "test")
+    for score in run.judges.values():
+        rewards.check(score, run.test + run.val * bool(cfg.eval_every))
 
 
 def load_inputs(cfg, run):
@@ -1558,8 +1570,12 @@ def load_policy(cfg, run, fresh=False):
 
 
 @contextlib.contextmanager
-def exit_codes():
-    """0 done; 2 and one line for what our own code refuses or a GPU that is too small; 1 and a traceback for a bug."""
+def exit_codes(advice=""):
+    """0 done; 2 and one line for what our own code refuses or a GPU that is too small; 1 and a traceback for a bug.
+
+    advice: what helps against too small a GPU, where that is not --gpu-memory. A reward that a thread still computes is
+    not waited for.
+    """
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -1567,8 +1583,9 @@ def exit_codes():
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.1), default=24)    # 44.5 GiB is 48 GB
-            error = (f"not enough memory on a GPU of {size:.0f} GiB: try --gpu-memory {fits}, which sets --micro-batch,"
-                     f" --checkpointing and --offload, then a smaller --micro-batch or --resolution, or --fsdp")
+            error = f"not enough memory on a GPU of {size:.0f} GiB: try " + (advice or (
+                f"--gpu-memory {fits}, which sets --micro-batch, --checkpointing and --offload, then a smaller "
+                f"--micro-batch or --resolution, or --fsdp"))
         elif pathlib.Path(__file__).resolve().parent not in raised_in.parents[:2]:      # csrc/, too
             crash()
             raise
@@ -1577,7 +1594,7 @@ def exit_codes():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2) if dist.is_initialized() else sys.exit(2)          # the other processes may wait in a collective
+        os._exit(2) if dist.is_initialized() or busy() else sys.exit(2)    # others may wait in a collective
     except SystemExit:
         raise
     except BaseException:                                              # with torch.distributed.checkpoint's own kind
@@ -1585,9 +1602,14 @@ def exit_codes():
         raise
 
 
+def busy():
+    """Drop the rewards that wait for a thread; does it compute one that does not end within a second?"""
+    return any([scoring.drop() for scoring in Scoring.made])
+
+
 def crash():
-    """End at once, with a traceback, where other processes may wait in a collective; alone, do nothing."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """End at once, with a traceback, where other processes may wait in a collective or a thread computes a reward."""
+    if dist.is_initialized() and dist.get_world_size() > 1 or busy():
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -2295,7 +2317,10 @@ class Scoring:
     thread has a stream of its own. On a CPU it helps where the reward waits for a server; else they share the cores.
     """
 
+    made = weakref.WeakSet()                                           # all of them, for `busy`
+
     def __init__(self, run, score):
+        Scoring.made.add(self)
         self.run, self.score, self.chunks, self.parts, self.values, self.unparsed = run, score, [], [], {}, {}
         cuda = run.cfg.overlap and run.device.type == "cuda"           # a new thread's GPU is the first one: say which
         self.thread = ThreadPoolExecutor(1, "reward", *((torch.cuda.set_device, (run.device,)) if cuda else ())
@@ -2359,6 +2384,13 @@ class Scoring:
                                                                  self.run.cfg.group_size)
                   for name, value in self.values.items())
         return adv.masked_fill(self.reward.isnan(), torch.nan)
+
+    def drop(self):
+        """Forget the chunks that are not begun. Returns whether one is begun, and not done within a second."""
+        if self.thread:
+            self.thread.shutdown(wait=False, cancel_futures=True)
+            return bool(futures.wait(self.parts, timeout=1).not_done)
+        return False
 
     def row(self, adv):
         """What is logged of a rollout, given all processes' advantages (B,). The images go: the update wants their

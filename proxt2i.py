@@ -700,6 +700,8 @@ def sample_stage(cfg):
     run = data.Run(cfg, "proxt2i")
     judges = rewards.judges(cfg, run.device)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
+    for judge in judges.values():
+        rewards.check(judge, rows)
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
     pipe.offload = cfg.offload
     check_model(cfg, pipe)
@@ -723,6 +725,8 @@ def compare(cfg):
     judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
                                                 for name in filter(None, cfg.compare_rewards.split(","))}
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
+    for judge in judges.values():
+        rewards.check(judge, rows)
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:
@@ -762,7 +766,7 @@ def compare(cfg):
 
 def quick_start(cfg):
     """Compare, then a short RL run. Typed again after a kill, with --out, it does not compare what it has compared."""
-    rewards.load(cfg.reward)                                           # refused now, not once all is compared
+    rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # refused now, not later
     out = f"{cfg.out}-compare" if cfg.out else ""
     if cfg.out and (Path(cfg.out) / "config.json").exists():
         raise ValueError(f"{cfg.out} already holds a run: continue it by --resume, or choose another --out")

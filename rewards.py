@@ -120,14 +120,19 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
             return total
         for name, factor, reward in terms:
             with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
-                values = torch.as_tensor(reward(seen, prompts, meta), dtype=torch.float32, device=images.device)
+                values = reward(seen, prompts, meta)
+            try:
+                values = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+            except (TypeError, ValueError, RuntimeError):
+                raise RuntimeError(f"reward {name!r} returned {type(values).__name__}, and no ({len(images)},) numbers"
+                                   ) from None
             if version() != before:
                 raise RuntimeError(f"reward {name!r} changed the images, which others look at, too: let it copy them")
             if values.shape != (len(images),):
                 raise RuntimeError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} images; "
                                    f"it must be ({len(images)},)")
             total += factor * values
-            score.values[name] = values.detach()
+            score.values[name] = values
         return total
     score.values, score.weights = {}, {name: sum(f for n, f, _ in terms if n == name) for name, *_ in terms}
     score.rewards = {name: reward for name, _, reward in terms}
@@ -577,7 +582,7 @@ def score_detections(detections, meta, threshold=.3, counting_threshold=.9, most
             terms += [1] if right else [0, 1] if position_quirk and exact[target] is not None else [0]
         exact.append(every if right else None)
 
-    spared = all(len(found.get(no["class"], [])) < no["count"] for no in meta.get("exclude", []))
+    spared = all(len(found.get(no["class"], [])) < no["count"] for no in meta.get("exclude") or ())
     terms = [max(term, 0) for term in terms] if clip_negative else terms
     return {"correct": float(None not in enough and spared), "strict": float(None not in exact),
             "score": sum(terms) / len(terms)}
@@ -810,10 +815,10 @@ def clip_pixels(images, size, how="pil"):
     else:
         h, w = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
     images = images.float()
-    if how in ("pil", "torchvision", "squash", "pad"):
-        images = (images * 255).round().clamp(0, 255) / 255            # what a PNG would hold
+    if how == "pad":
+        images = (images * 255).round().clamp(0, 255) / 255            # what a PNG would hold; so the next three
     if how in ("pil", "torchvision", "squash"):
-        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        arrays = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         x = np.stack([Image.fromarray(array).resize((w, h), Image.Resampling.BICUBIC) for array in arrays])
         x = torch.from_numpy(x).to(images.device).permute(0, 3, 1, 2).float() / 255        # (B, 3, h, w)
     else:
@@ -935,7 +940,7 @@ def in_batches(score, *nets, n=64):
 
 def clip_reward(name, size, scale, how="pil", clean=str):
     """A maker of rewards scale(cosine (B,), exp(logit_scale) ()) from weights/name. clean: prompt -> prompt."""
-    def make(weights=None, device="cpu", how=how):
+    def make(weights=None, device="cpu"):
         directory = weights_of(name, weights)
         net = read_clip(directory, size, device, *OPEN_CLIP_FILES.get(name, ()))
         tokenize = models.CLIPTokenizer(directory)
@@ -947,14 +952,17 @@ def clip_reward(name, size, scale, how="pil", clean=str):
     return make
 
 
-def aesthetic(weights=None, device="cpu", how="pil"):
+def aesthetic(weights=None, device="cpu"):
     """LAION's aesthetic score, about 1 to 10: a linear head on CLIP-L/14's image features; it never sees the prompt."""
     head_file, directory = weights_of("aesthetic", weights) / HEAD, weights_of("clip-l14", weights)
     net = read_clip(directory, "L/14", device)
     with torch.device("meta"):
         head = Affine(net.config["projection_dim"])
     head = read_weights(head, head_file, device)
-    return in_batches(lambda images, prompts: head(net.image(clip_pixels(images.to(device), net.size, how))), net, head)
+
+    def score(images, prompts):
+        return head(net.image(clip_pixels(images.to(device), net.size, "pil")))
+    return in_batches(score, net, head)
 
 
 # =====================================================================================================================
@@ -1166,7 +1174,7 @@ class WordPiece:
 
 
 @functools.cache
-def imagereward(weights=None, device="cpu", how="torchvision"):
+def imagereward(weights=None, device="cpu"):
     """ImageReward v1.0, about -2.3 to 2: a z-score of human preference. ValueError for another tokenizer's words."""
     directory = weights_of("imagereward", weights)
     tokenize = WordPiece(directory / "vocab.txt")
@@ -1183,7 +1191,7 @@ def imagereward(weights=None, device="cpu", how="torchvision"):
 
     def score(images, prompts):
         ids, mask = tokenize(prompts)
-        return net(clip_pixels(images.to(device), net.size, how), ids.to(device), mask.to(device))
+        return net(clip_pixels(images.to(device), net.size, "torchvision"), ids.to(device), mask.to(device))
     return in_batches(score, net)
 
 
@@ -1756,7 +1764,10 @@ def score_geneval(folder, weights=None, device="cpu", batch=32):
     Returns its rows, one an image: filename, tag, prompt, correct and strict (bool), score, metadata and details (JSON
     in strings; the second is the boxes and scores of each class), engine. Raises ValueError for what cannot be read.
     """
-    folder, find, rows = pathlib.Path(folder), geneval_engine(weights, device), []
+    folder, rows = pathlib.Path(folder), []
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    find = geneval_engine(weights, device)
     for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
         try:
             meta = json.loads((place / "metadata.jsonl").read_text(encoding="utf-8"))
@@ -1879,7 +1890,7 @@ def from_onnx(make, name, weights=None, device="cpu"):
         state = {key: torch.zeros(t.shape) for key, t in net.state_dict().items()}
         mine = [key for key in state if not key.endswith("num_batches_tracked")]           # batch norms count steps
         if [t.squeeze().shape for t in found.values()] != [state[key].squeeze().shape for key in mine]:
-            raise ValueError(f"{file} holds another network than PP-OCRv4's: pip install rapidocr-onnxruntime==1.4.4")
+            raise ValueError(f"{file} holds another network than PP-OCRv4's: take rapidocr-onnxruntime 1.4.4's")
         state |= {key: t.reshape(state[key].shape) for key, t in zip(mine, found.values())}
         part = kept.with_suffix(f".{uuid.uuid4().hex}")                # other processes may be at the same
         try:
@@ -2386,7 +2397,7 @@ def judge_setting(name, key, default=None):
         return value
     least = {"WORKERS": 1, "TIMEOUT": .001}.get(key, 0)                # a timeout of 0 would not wait at all
     if not (math.isfinite(data.number(value)) and float(value) >= least):
-        raise ValueError(f"{own if os.environ.get(own) else f'JUDGE_{key}'}={value}: a number, {key.lower()} to use")
+        raise ValueError(f"{own if os.environ.get(own) else f'JUDGE_{key}'}={value}: a number, {least:g} or more")
     return type(default)(float(value))
 
 
@@ -2408,7 +2419,8 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
     template: what question and read are made of, for JSON; ask.sha256 is that of it and of all of these.
     The first question is at temperature 0; it is asked again at 0.5, for at 0 the same answer would come back.
     After each call ask.unparsed is the share of the images whose answers could not be read, ask.unanswered of those
-    that got none in time, ask.answers the answers. An image that is not finite is not asked about: None.
+    that got none in time, or an HTTP 400, 413 or 422 where the server answers others, ask.answers the answers. An image
+    that is not finite is not asked about: None.
     Raises ValueError for settings that are missing, a server that refuses, and one that is down: it has answered
     nobody while it failed on an image, and then not even a question without one.
     """
@@ -2425,6 +2437,7 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
         texts = [question(prompt, meta) for prompt, meta in zip(prompts, metas, strict=True)]
         arrays = (images.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         stop, doubt, count, odd, down = threading.Event(), threading.Lock(), collections.Counter(), [], []
+        why = []                                                       # of the images that got no answer
 
         def one(i):
             picture = squared(Image.fromarray(arrays[i])) if deqa else Image.fromarray(arrays[i])
@@ -2436,7 +2449,10 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
                 try:
                     choice = data.chat(server, model, [{"role": "user", "content": content}, *start], stop, *patience,
                                        temperature=.5 if n else 0, **options, **extra)
-                except data.NoAnswer as error:
+                except (data.NoAnswer, data.Refused) as error:
+                    refused = isinstance(error, data.Refused)
+                    if refused and error.code not in (400, 413, 422):  # the key's or the address's fault
+                        raise
                     with doubt:                                        # the image's fault or the server's? One asks
                         if count["answered"] == before and not stop.is_set():
                             try:
@@ -2445,12 +2461,14 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
                             except data.NoAnswer:
                                 down.append(error)
                                 stop.set()
-                            except ValueError:                         # a refusal is an answer, too
-                                pass
+                            except data.Refused:                       # is an answer, too
+                                if refused:
+                                    raise error from None
                             count["answered"] += 1
                     if stop.is_set():
                         raise
                     count["unanswered"] += 1
+                    why.append(error)
                     return None
                 count["answered"] += 1
                 try:
@@ -2463,7 +2481,9 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
         finite, pool = images.isfinite().flatten(1).all(1).tolist(), ThreadPoolExecutor(workers)
         try:
             ask.answers = list(pool.map(lambda i: one(i) if finite[i] else None, range(len(images))))
-        except data.NoAnswer:
+        except (data.NoAnswer, data.Refused):
+            if not down:
+                raise
             raise ValueError(f"{name}: {down[0]}, and so it did on a question without an image: start the server, or "
                              f"give it more time, JUDGE_TIMEOUT, and fewer questions at once, JUDGE_WORKERS") from None
         finally:
@@ -2472,8 +2492,8 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
         ask.unparsed, ask.unanswered = (count[key] / max(len(images), 1) for key in ("unparsed", "unanswered"))
         if count["unparsed"] or count["unanswered"]:
             tqdm.write(f"{name}: of {len(images)} images {count['unparsed']} have no answer that can be read"
-                       f"{f', such as {odd[-1][:80]!r},' if odd else ''} and {count['unanswered']} none at all: NaN",
-                       file=sys.stderr)
+                       f"{f', such as {odd[-1][:80]!r},' if odd else ''} and {count['unanswered']} none at all: NaN"
+                       f"{f'. {why[-1]}' if why else ''}", file=sys.stderr)
         return ask.answers
     ask.unparsed, ask.unanswered, ask.answers, ask.engine, ask.check = 0., 0., [], model, question
     ask.sha256 = hashlib.sha256(json.dumps([template, form, size, prefill, deqa, options]).encode()).hexdigest()
@@ -2508,26 +2528,31 @@ def answer_text(choice):
 # weights of their sum, the mean by default; low and high, what a number may be. The reward is the sum over high.
 # UnifiedReward's questions ask for the form of answer that its models were trained to give, in words of ours: who wants
 # the authors' own puts them into a template, {"question": "... {prompt} ..."}.
+def after(words):
+    """The pattern of a number after words and a colon, however they are decorated: **Score**: 4, score (1-5): [4]."""
+    return rf"(?i){words}[\W_]*?(?:\(1-5\)[\W_]*?)?:[\s*_\[(]*(\d+(?:\.\d+)?)"
+
+
 NUMBER = {
     "unifiedreward": {                                                 # v1.5
         "question": "<image>\nYou are given a text caption and a generated image based on that caption. Rate the image "
                     "by two key criteria:\n1. Alignment with the Caption: does it show what the caption says?\n2. "
                     "Overall Image Quality: is it clear, detailed, well composed and free of visible faults?\nBy "
                     "both, assign a score from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]",
-        "patterns": [r"Final Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "size": 512, "max_tokens": 1024},
+        "patterns": [after("Final Score")], "low": 1, "high": 5, "size": 512, "max_tokens": 1024},
     "unifiedreward-2": {
         "form": "JPEG",                                                # as its authors' client sends
         "question": "You are given a text caption and a generated image based on that caption. Rate the image from 1 "
                     "to 5 for its alignment with the caption, its coherence (is all of it whole and possible?) and its "
                     "style (is it beautiful, whatever it shows?). Answer in three lines:\nAlignment Score (1-5): X\n"
                     "Coherence Score (1-5): Y\nStyle Score (1-5): Z\nText Caption: [{prompt}]",
-        "patterns": [rf"{word} Score(?: \(1-5\))?:[\s*]*(\d+(?:\.\d+)?)"
-                     for word in ("Alignment", "Coherence", "Style")], "low": 1, "high": 5, "max_tokens": 1024},
+        "patterns": [after(f"{word} Score") for word in ("Alignment", "Coherence", "Style")], "low": 1, "high": 5,
+        "max_tokens": 1024},
     "vlm": {
         "question": "Does this image show what the prompt asks for, all of it and nothing else, and does it look "
                     "right? Think in one or two sentences, then end with a line 'Score: N', N from 1, not at all, to "
                     "5, perfectly.\nPrompt: {prompt}",
-        "patterns": [r"Score:[\s*]*(\d+(?:\.\d+)?)"], "low": 1, "high": 5, "max_tokens": 1024}}
+        "patterns": [after("Score")], "low": 1, "high": 5, "max_tokens": 1024}}
 TYPES = {"question": str, "patterns": list, "weights": list, "low": (int, float), "high": (int, float), "size": int,
          "max_tokens": int}                                            # of a template's values
 
@@ -2691,7 +2716,8 @@ def read_points(choice, meta):
                            for tag in ("analysis", "score"))
     except (SyntaxError, MemoryError, RecursionError) as e:
         raise ValueError(str(e)) from None
-    if not len(analysis) == len(score) == len(meta["testpoints"]) or not all(s in (0, 1) for s in score):
+    lists = all(isinstance(part, (list, tuple)) for part in (analysis, score))             # a set has no order
+    if not lists or not len(analysis) == len(score) == len(meta["testpoints"]) or not all(s in (0, 1) for s in score):
         raise ValueError(f"not a 0 or 1 for each test point: {score}")
     return [int(s) for s in score]
 
@@ -2907,7 +2933,8 @@ def bench(args):
     metas = data.draw_prompts(metas, draw, "test") if draw else metas
     score = load(args.reward or names, args.reward_weights, args.reward_device or args.device)
     if set(score.weights.values()) != {1}:
-        raise ValueError(f"--reward {args.reward}: a benchmark reports each reward by itself; leave the weights away")
+        raise ValueError(f"--reward {args.reward}: a benchmark reports each reward by itself; leave the weights away, "
+                         f"and name each once")
     check(score, metas)
     script, cfg, pipe = bench_model(args)
     protocol = bench_protocol(args, metas, score, script, cfg, pipe)
@@ -3009,6 +3036,9 @@ def bench_report(args, protocol, asked, rows, out):
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")    # of a folder without prompts.jsonl
 
 
+PIXELS = 2 ** 25                                                        # of the images that wait for their batch, about
+
+
 def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     """Score the images that folder/prompts.jsonl lists, a line each: {"file", "prompt", and what a verifier needs}.
 
@@ -3024,20 +3054,27 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             raise ValueError(f"{listing}: row {i} names no file")
     check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
-    for start in range(0, len(rows), batch):
-        sizes = {}                                                     # images of one size make one batch
-        for row in rows[start:start + batch]:
-            image = np.array(_open(folder / row["file"]))                                  # (H, W, 3) uint8
-            sizes.setdefault(image.shape, []).append((row, image))
-        for group in sizes.values():
-            some = [row for row, _ in group]
-            images = torch.from_numpy(np.stack([image for _, image in group])).to(device)
-            values = data.scored(spec, score, images.permute(0, 3, 1, 2).float() / 255, [row["prompt"] for row in some],
-                                 some)
-            for i, row in enumerate(some):
-                row["reward"] = values[i].item()
-                row["terms"] = {name: raw[i].item() for name, raw in score.values.items()}
-            bar.update(len(some))
+    sizes, area = {}, 0                                                # images of one size make one batch
+
+    def flush(shape):
+        some, images = zip(*sizes.pop(shape))
+        images = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
+        values = data.scored(spec, score, images, [row["prompt"] for row in some], some)
+        for i, row in enumerate(some):
+            row["reward"] = values[i].item()
+            row["terms"] = {name: raw[i].item() for name, raw in score.values.items()}
+        bar.update(len(some))
+        return len(some) * shape[0] * shape[1]
+    for row in rows:
+        image = np.array(_open(folder / row["file"]))                  # (H, W, 3) uint8
+        sizes.setdefault(image.shape, []).append((row, image))
+        area += image.shape[0] * image.shape[1]
+        if len(sizes[image.shape]) == batch:
+            area -= flush(image.shape)
+        if area > PIXELS:
+            area -= sum(map(flush, list(sizes)))
+    for shape in list(sizes):
+        flush(shape)
     return rows
 
 
@@ -3046,6 +3083,8 @@ def unlisted(folder):
 
     Raises ValueError for a folder without images and a text that is not UTF-8.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     rows = []
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in IMAGES and path.is_file():
@@ -3115,6 +3154,8 @@ def proxy_command(argv):
     add("--seed", type=int, default=0, help="of the weights and the images")
     args = parser.parse_args(argv)
     data.check_device("device", args.device)
+    if args.batch < 8:
+        raise ValueError(f"--batch {args.batch}: 8 or more, for captions to be told apart")
     train_proxy(args)
 
 
@@ -3140,7 +3181,8 @@ def folder_command(argv):
     data.check_device("device", args.device)
     rows = score_folder(args.reward, args.images, args.weights, args.device)
     terms = list(rows[0]["terms"]) if len(rows[0]["terms"]) > 1 else []                    # of a sum: each, too
-    print(table(summary([{**row["terms"], **row} for row in rows], ["reward", *terms]), args.reward))
+    values = [{**row, **row["terms"], "reward": row["reward"]} for row in rows]
+    print(table(summary(values, ["reward", *terms]), args.reward))
     with open(pathlib.Path(args.images) / "scores.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(("file", "prompt", args.reward, *terms))
@@ -3170,7 +3212,8 @@ def bench_command(argv):
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"bench": bench_command, "geneval": geneval_command, "train-proxy": proxy_command}
-    with data.exit_codes():
+    with data.exit_codes(advice="a smaller --micro-batch or --resolution or another --reward-device (bench), fewer or "
+                                "smaller images, or --device cpu"):
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
         else:

@@ -390,6 +390,19 @@ def test_an_empty_out_is_used(module, small):
 
 
 @BOTH
+def test_prompts_that_the_judge_refuses_are_found_before_training(module, small, refused):
+    """A word that the verifier does not know, in the test prompts alone; in those of validation, if there are any."""
+    Path("p").mkdir()
+    for name, text in (("train", "a photo of a red ring\na photo of a blue star\n"), ("val", "a photo of a red ring\n"),
+                       ("test", "a photo of a red ring\na photo of a cat\n")):
+        Path(f"p/{name}.txt").write_text(text)
+    line = [*small, "--prompts", "p", "--reward", "red.py:red", "--eval-reward", "shapes-strict"]
+    Path("red.py").write_text("def red(images, prompts, metas):\n    return images[:, 0].mean((1, 2))\n")
+    refused(module, line, "a photo of a cat")
+    assert not Path("out").exists()
+
+
+@BOTH
 def test_bad_prompt_files(module, small, refused):
     for name, content, words in (("a.txt", None, "No such file"), ("b.txt", b"", "no prompts"),
                                  ("c.txt", b"\n \n", "no prompts"),

@@ -90,7 +90,9 @@ def choice(text, end="stop"):
     ("unifiedreward-2", "Alignment Score (1-5): 2.6947\nCoherence Score (1-5): 3\nStyle Score (1-5): 4", .64631),
     ("unifiedreward-2", "Alignment Score (1-5): 2\nCoherence Score (1-5): 3", None),
     ("unifiedreward-2", "Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 7", None),
-    ("vlm", "The cat is there. Score: 1", .2), ("vlm", "I cannot see it.", None)))
+    ("unifiedreward", "**Final Score**: 4", .8), ("unifiedreward", "final score (1-5): [3]", .6),
+    ("unifiedreward-2", "**Alignment Score (1-5)**: 2\n_Coherence Score_: 3\nStyle Score:** 4**", .6),
+    ("vlm", "The cat is there. Score: 1", .2), ("vlm", "I cannot see it.", None), ("vlm", "### Score:\n4", .8)))
 def test_numbers(server, name, text, value):
     server.answer = lambda body, image, n: (200, text)
     (got,), reward = ask(name, grey(9))
@@ -173,7 +175,8 @@ META = {"testpoints": ["Style", "Attribute - Color"], "descriptions": ["an ink p
     (points("[0,1]"), [0, 1]), (points(" [1, 1] "), [1, 1]), ("<score>[0,0]</score>" + points("[1, 0]"), [1, 0]),
     (points("[1]"), None), (points("[1, 2]"), None), (points("[1, 0, 1]"), None), (points("[1, 'yes']"), None),
     (points("1, 0", '["a"]'), None), (points("[0, 1]", "[it is, so]"), None), (points("(" * 300), None),
-    ("<score>[0, 1]</score>", None), (points("7", "3"), None), ("", None)))
+    ("<score>[0, 1]</score>", None), (points("7", "3"), None), ("", None),
+    (points("{0, 1}"), None), (points("[0, 1]", "'xy'"), None)))
 def test_points(text, want):
     if want is None:
         with pytest.raises((ValueError, LookupError, TypeError)):
@@ -388,6 +391,34 @@ def test_images_that_break_the_server_while_nobody_else_is_answered_are_nan(serv
         assert reward.unanswered == pytest.approx(levels.count(0) / len(levels))
     probes = [body for body in server.bodies if body["messages"] == [{"role": "user", "content": "ok"}]]
     assert len(probes) >= 2 and all(body["max_tokens"] == 1 for body in probes)
+
+
+def test_an_image_that_the_server_refuses_is_nan(server, monkeypatch, capsys):
+    """A hosted judge's filter, a question that is too long: first, last or alone; not so a wrong key or model."""
+    monkeypatch.setenv("JUDGE_WORKERS", "2")
+    refusal = 400, b"the image was filtered"
+    server.answer = lambda body, image, n: refusal if image and image.getpixel((0, 0))[0] == 0 else (200, "Score: 5")
+    for levels in ((0, 1, 2), (1, 2, 0), (0,)):
+        values, reward = ask("vlm", grey(*levels))
+        assert values == [1. if level else None for level in levels] and reward.unparsed == 0
+        assert reward.unanswered == pytest.approx(1 / len(levels))
+        assert "1 none at all: NaN. " in (said := capsys.readouterr().err) and "the image was filtered" in said
+    server.answer = lambda body, image, n: refusal                     # whatever is asked
+    with pytest.raises(ValueError, match="refused: HTTP 400"):
+        ask("vlm", grey(1, 2))
+    server.answer = lambda body, image, n: (404, b"no such model") if image else (200, "ok")
+    with pytest.raises(ValueError, match="refused: HTTP 404"):
+        ask("vlm", grey(1, 2))
+
+
+def test_the_key_is_never_printed(server, monkeypatch):
+    server.answer = lambda body, image, n: (200, "Score: 5")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret123\r\n")           # a file's last line
+    assert ask("vlm", grey(1))[0] == [1.]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret123")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        ask("vlm", grey(1))
+    assert "ret123" not in str(error.value)
 
 
 def test_a_server_that_dies_stops_the_run(server, monkeypatch):

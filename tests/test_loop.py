@@ -244,6 +244,21 @@ def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
     assert {*said, str(error.value)} == {"the reward mine failed: KeyError: 'no such judge'"}
 
 
+@pytest.mark.parametrize("ends, status, words", (
+    ("lambda self: data.masked('mine', torch.full((8,), torch.nan))", 2, "error: the reward mine gave NaN"),
+    ("lambda self: (_ for _ in ()).throw(KeyboardInterrupt)", 1, "KeyboardInterrupt")))
+def test_a_run_that_ends_early_waits_for_no_reward(flags, ends, status, words):
+    """Two chunks, a minute each; left to itself the thread would score both before the process may end."""
+    Path("hangs.py").write_text("import time\n\n\ndef score(images, prompts, metas):\n    time.sleep(60)\n"
+                                "    return images.mean((1, 2, 3))\n")
+    code = f"import sys, torch, data, dgpo; data.Scoring.result = {ends}; dgpo.main(sys.argv[1:])"
+    line = [*flags(overlap=True, micro_batch=4), "--reward", "hangs.py:score"]
+    child = subprocess.Popen([sys.executable, "-c", code, *line], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+    said = child.communicate(timeout=50)[1]
+    assert child.returncode == status and words in said, said
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device: needs a gpu")
 def test_cuda_streams_wait_for_each_other():
     """The thread's stream waits for a chunk that the GPU has still to make, and both ways give the same bits."""
