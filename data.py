@@ -1878,16 +1878,17 @@ class Run:
         return [(slice(g * group_size, min(g + most, mine) * group_size), range(first + g, first + min(g + most, mine)))
                 for g in range(0, mine, most)]
 
-    def portions(self, update):
+    def portions(self, update, kept=None):
         """The images of one of the updates, which share out whole groups, micro_batch at once: their indices in this
-        process's batch, as a tensor on its device and as a list.
+        process's batch, as a tensor on its device and as a list. kept: for each group of all processes, is it trained?
 
         Shards want as many passes on every process: where images have run out the list is empty, and the tensor has the
         first one.
         """
         cfg, mine = self.cfg, self.cfg.groups // self.world
-        turn = [j for j in range(mine * cfg.group_size)
-                if (self.rank * mine + j // cfg.group_size) % cfg.updates == update]
+        groups = [g for g in range(self.rank * mine, (self.rank + 1) * mine)
+                  if g % cfg.updates == update and (kept is None or kept[g])]
+        turn = [(g - self.rank * mine) * cfg.group_size + i for g in groups for i in range(cfg.group_size)]
         most = -(-mine // cfg.updates) * cfg.group_size if cfg.fsdp else len(turn)
         for k in range(0, most, cfg.micro_batch):
             some = turn[k:k + cfg.micro_batch]

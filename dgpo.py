@@ -42,7 +42,7 @@ class Config:
     method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
     preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages          [MixGRPO's code]
+    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
@@ -57,7 +57,7 @@ class Config:
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
     solver: str = ""                    # of the ODE: euler, dpm (DPM-Solver++(2M)), ddim; empty: euler, SD1's ddim
-    sde: bool = False                   # rollouts by Flow-GRPO's SDE instead: the paper's ablation
+    sde: bool = False                   # rollouts by Flow-GRPO's SDE, its last step without noise: the paper's ablation
     schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     noise_level: float = 0.7            # a of the SDE sampler                                     [Flow-GRPO]
@@ -383,12 +383,13 @@ def rollout(pipe, ctx, null, cfg, step, groups):
                                   pipe.solver(cfg.solver)) for p in pieces])
         for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
             v = torch.cat([guided(pipe.net, x[p], t, [c[p] for c in ctx], null, cfg.cfg_rollout) for p in pieces])
+            noise = cfg.noise_level if i < len(ts) - 2 else 0.0        # the last step's would stay in the image
             if pipe.ddpm:
                 a, a_next = models.ALPHA_BAR[t], models.ALPHA_BAR[t_next]
-                take = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=cfg.noise_level)
+                take = partial(ddim_step, alpha_bar=a, alpha_bar_next=a_next, eta=noise)
             else:
-                take = partial(sde_step, t=t, t_next=t_next, noise_level=cfg.noise_level, t_cap=ts[1])
-            x, *_ = ops.fused_step(take, v, x, draw(f"sde {i}"))       # one pass over memory, if compiled
+                take = partial(sde_step, t=t, t_next=t_next, noise_level=noise, t_cap=ts[1])
+            x, *_ = ops.fused_step(take, v, x, draw(f"sde {i}") if noise else None)        # one pass, if compiled
         return x
 
 

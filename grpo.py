@@ -6,8 +6,8 @@ arXiv:2505.07818, --method dance: a constant s in (2), no KL, one initial noise 
 
     (1) [4]  A_i = (r_i - mean_g r) / std_g r                                                       group_advantage
     (2) [9]  x' = x + [v + s^2/2t (x + (1-t) v)] dt + s sqrt|dt| eps,  s = a sqrt(t/(1-t))                 sde_step
-    (3) [7]  L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i),  q_i = exp(logp - logp_old)             policy_loss
-    (4) [11] KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
+    (3) [5]  L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i),  q_i = exp(logp - logp_old)             policy_loss
+    (4)      KL = |mean - mean_ref|^2 / (2 s^2 |dt|), in the released code without the dt                    kl_loss
 
 Departs from Flow-GRPO's paper: log-probs are averaged, not summed, over latent dimensions, and the KL of the released
 code lacks the dt of the true Gaussian KL (--kl-form names the three in use).
@@ -34,9 +34,9 @@ class Config:
     weights: str = ""                   # its directory or original single file, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
-    preset: str = ""                    # tiny, paper, official (the released SD3.5-M GenEval run)
+    preset: str = ""                    # tiny, paper, official (released runs: Flow-GRPO's, DanceGRPO's)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages          [MixGRPO's code]
+    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
@@ -45,39 +45,40 @@ class Config:
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
-    sample_steps: int = 10              # T, network evaluations of a rollout                 [Flow-GRPO, Sec. 5.1]
+    sample_steps: int = 10              # T, network evaluations of a rollout                 [Flow-GRPO, App. B.3]
     eval_steps: int = 10                # the same for evaluation, by ODE                          [Flow-GRPO: 40]
     groups: int = 8                     # prompts a rollout, over all processes                    [Flow-GRPO: 48]
-    group_size: int = 24                # G, images a prompt                                       [Flow-GRPO, Sec. 5.1]
+    group_size: int = 24                # G, images a prompt                                       [Flow-GRPO, App. B.3]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
     solver: str = ""                    # of evaluation's ODE: euler, dpm (DPM-Solver++(2M)); empty: euler, SD1's ddim
     schedule: str = ""                  # times of the samplers: linear, sd3, dpm, ddim; empty: linear, SD1's ddim
     shift: float = 0.0                  # shift of the schedule; 0: the checkpoint's own           [SD3: 3]
     sde: str = ""                       # kind of SDE, Eq. (2): flow, dance, cps, or SD1's ddim; empty: the method's
-    noise_level: float = 0.7            # a in Eq. (2), SD1's eta; --method dance: 0.3        [Flow-GRPO, Sec. 5.1]
+    noise_level: float = 0.7            # a in Eq. (2), SD1's eta; --method dance: 0.3        [Flow-GRPO, App. B.3]
     shared_noise: bool = False          # the images of a group start from one noise         [DanceGRPO's code: True]
     clean_final: bool = False           # the reward sees the last step's x_0hat, not its state [DanceGRPO's FLUX: True]
     window: int = 0                     # SDE steps in a row, their place drawn anew each rollout, ODE elsewhere; 0: all
     train_steps: int = 3                # SDE steps trained of each rollout, drawn anew; 0: all but the last
-    updates: int = 2                    # optimizer steps a rollout, on disjoint groups   [released code: by images]
-    clip_range: float = 2e-3            # c in Eq. (3)                                             [released code: 1e-4]
-    kl_beta: float = 0.0                # weight of Eq. (4)                                        [released code: .04]
+    updates: int = 2                    # optimizer steps a rollout, on disjoint groups [Flow-GRPO's code: by images]
+    drop_constant: bool = False         # groups whose rewards are all alike are left out    [Flow-GRPO's code: True]
+    clip_range: float = 2e-3            # c in Eq. (3)                                          [Flow-GRPO's code: 1e-4]
+    kl_beta: float = 0.0                # weight of Eq. (4)                                     [Flow-GRPO's code: .04]
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
-    ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)  [released code]
-    ema_every: int = 1                  # updates between two of its steps                         [released code: 8]
-    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
+    ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off) [Flow-GRPO's code]
+    ema_every: int = 1                  # updates between two of its steps                      [Flow-GRPO's code: 8]
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway [Flow-GRPO's code]
     adv_std: str = "group"              # (1): group (paper), batch (released code) or none
-    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
+    cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off               [Flow-GRPO's code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
-    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass     [released code: True]
+    cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass  [Flow-GRPO's code: True]
     cfg_ref: float = 1.0                # of the reference in the KL
     cfg_eval: float = 1.0               # of evaluation
     cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
-    lora_rank: int = 0                  # 0: train all weights                                     [released code: 32]
-    lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                       [released code]
-    lr: float = 5e-5                    # AdamW                                                    [released code: 3e-4]
-    weight_decay: float = 1e-4          # AdamW                                                    [released code]
-    max_grad_norm: float = 1.0          # gradients are clipped to it                              [released code]
+    lora_rank: int = 0                  # 0: train all weights                                  [Flow-GRPO's code: 32]
+    lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                    [Flow-GRPO's code]
+    lr: float = 5e-5                    # AdamW                                                 [Flow-GRPO's code: 3e-4]
+    weight_decay: float = 1e-4          # AdamW                                                 [Flow-GRPO's code]
+    max_grad_norm: float = 1.0          # gradients are clipped to it                           [Flow-GRPO's code]
     micro_batch: int = 96               # images at once in the network; rewards see whole groups
     gpu_memory: int = 0                 # GB, 24, 48, 80 or 141: chooses micro_batch, checkpointing and offload; 0: off
     checkpointing: bool = False         # gradient checkpointing: blocks are computed again in the backward pass
@@ -117,7 +118,8 @@ class Config:
 FLOW = dict(prompts="geneval", reward="geneval", eval_reward="geneval", resolution=512, dtype="bfloat16",
             sde="flow", schedule="sd3", shift=3.0, lora_rank=32, lr=3e-4, groups=48, train_steps=0, clip_range=1e-4,
             cfg_rollout=4.5, cfg_train=4.5, cfg_detach=True, cfg_ref=4.5, cfg_eval=4.5, eval_steps=40, kl_beta=0.04,
-            ema_every=8, method="flow",                    # Flow-GRPO's GenEval run, but in fp16; the next line is ours
+            drop_constant=True, ema=0.81, ema_every=8,     # its average moves twice then, by .9
+            method="flow",                                 # Flow-GRPO's GenEval run, but in fp16; the next line is ours
             minutes=1e6, cfg_also=0.0, eval_every=60, micro_batch=24, overlap=True)
 DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weights/hpdv2/train.txt", dtype="bfloat16",
              shared_noise=True, lr=1e-5, clip_range=1e-4,              # DanceGRPO's code; the next line is ours
@@ -125,19 +127,22 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "ema_every": 2, "max_grad_norm": 0.01, "fsdp": True,
         "checkpointing": True, "clean_final": True,     # its FLUX run on 8 GPUs; that on 16: norm 1, no moving average
-        "reward": "hpsv2:0.7,clip-dfn:1.4",                            # its paper's two rewards, as [SLAS, Sec. 6.1]
         "save_every": 40, "eval_steps": 28}                            # eval_steps ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
-        "cfg_eval": 5.0, "eval_steps": 50, "reward": "hpsv2:1,clip-dfn:1"}                            # [SLAS, Sec. 6.1]
+        "cfg_eval": 5.0, "eval_steps": 50}
+TWO = "hpsv2:0.7,clip-dfn:1.4", "hpsv2:1,clip-dfn:1"                   # its paper's, FLUX and SD1.4: [SLAS, Sec. 6.1]
 METHODS = {                                                           # under a preset of this method, above another's
     "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
+MIX = dict(reward_mix="advantage", adv_std="none")                     # and how it mixes them: Alg. 1
+TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # its App. A, Table 6
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
-    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1}, "flux": FLUX, "sd14": SD14},  # kl_beta: the code's
-    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": {**FLUX, "reward": "hpsv2"},
-                 "sd14": {**SD14, "reward": "hpsv2"}}}
+    "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1},    # its dt: 4 to 25 times the code's; updates ours
+              "flux": {**FLUX, **TABLE, "sample_steps": 25, "train_steps": 15, "updates": 4, "reward": TWO[0]},
+              "sd14": {**SD14, **TABLE, "train_steps": 30, "updates": 1, "reward": TWO[1]}},
+    "official": {"sd3": {**FLOW, "adv_std": "batch"}, "flux": FLUX, "sd14": SD14}}
 
 
 # =============================================================================================================== math
@@ -410,7 +415,8 @@ def train(cfg):
             scoring.add(pipe.decode(parts[-1][2]), prompts[s], metas[s])
         x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
         logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
-        # The schedule's last step is almost deterministic for kind "flow" (t = .009 in SD3): as released, not trained.
+        # The schedule's last step is not trained, as released; its noise is next to none from SD3's t = .009 on, .07 to
+        # .1 from t = .1: then it blurs the reward, unless --clean-final leaves it out.
         trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         del parts                                                      # their trajectories live on in x alone
@@ -419,6 +425,7 @@ def train(cfg):
         # 3. Advantage, over the whole batch of all processes; each keeps its slice
         adv = group_advantage(reward, cfg.group_size, cfg.adv_std).clamp(-cfg.adv_clip, cfg.adv_clip)   # Eq. (1)
         row = scoring.row(adv)                                         # what is logged of images, rewards, advantages
+        kept = (adv.view(-1, cfg.group_size).any(1) | (not cfg.drop_constant)).tolist()    # the groups to be trained on
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
@@ -429,8 +436,9 @@ def train(cfg):
                                        for p in pieces for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         for update in range(cfg.updates):
-            for some, own in run.portions(update):                     # indices of its images; own []: for shards only
-                share = len(own) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
+            total = sum(kept[update::cfg.updates]) * cfg.group_size * len(trained)         # of all processes
+            for some, own in run.portions(update, kept):               # indices of its images; own []: for shards only
+                share = len(own) / max(1, total)
                 part, text = x[:, some], [c[some] for c in ctx]
                 for i in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
@@ -451,8 +459,8 @@ def train(cfg):
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        loss, kl, *values = (run.sum(logs) / cfg.updates).tolist()
-        run.report(len(reward), row | {"loss": loss, "kl": kl, **dict(zip(stats, values)), "grad_norm": grad_norm})
+        names = "loss", "kl", "ratio", "clip_frac", "approx_kl"
+        run.report(len(reward), row | dict(zip(names, (run.sum(logs) / cfg.updates).tolist()), grad_norm=grad_norm))
     data.finish(run, start)
 
 

@@ -60,7 +60,7 @@ class Config:
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
     preset: str = ""                    # tiny, paper, or official, the same: no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
-    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages          [MixGRPO's code]
+    reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
@@ -97,7 +97,7 @@ class Config:
     clip_range: float = 2e-3            # c in Eq. (8)
     kl_beta: float = 1e-3               # weight of the KL                                         [paper, App. C]
     hold: float = 1.0                   # weight of Eq. (10): the last landing stays where it was    [paper: 0]
-    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
+    adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway   [Flow-GRPO's]
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [paper: 5]

@@ -154,7 +154,7 @@ COMMON = dict(model="sd35m", resolution=512, dtype="bfloat16", shift=3.0, sample
 DGPO = dict(COMMON, solver="dpm", schedule="dpm", lora_rank=64, lora_alpha=128.0, beta=100.0, updates=1, timesteps=4,
             cfg_train=1.0, cfg_ref=1.0, eval_steps=14, ref="start", dsm="v", adv_std="group")
 GRPO = dict(COMMON, schedule="sd3", sde="flow", lora_rank=32, lora_alpha=64.0, groups=48, group_size=24, noise_level=.7,
-            clip_range=1e-4, train_steps=0, cfg_train=4.5, eval_steps=40, kl_beta=.04, ema=.9)
+            clip_range=1e-4, train_steps=0, cfg_train=4.5, eval_steps=40, kl_beta=.04, ema=.81, drop_constant=True)
 
 
 @pytest.mark.parametrize("module, preset, numbers", (

@@ -535,6 +535,35 @@ def test_outputs(module, flags, random_model):
     assert not list(Path("out").rglob("*.new"))
 
 
+@pytest.mark.parametrize("module", (grpo, slas))
+def test_groups_whose_rewards_are_all_alike_can_be_left_out(module, flags):
+    """Every other group's are: left out, the mean is over half as many images, and no pass is made for them."""
+    Path("half.py").write_text(
+        "import itertools\n\ncalls = itertools.count()\n\n\ndef score(images, prompts, metas):\n"
+        "    return images[:, 0].mean((1, 2)) * (next(calls) % 2)\n\n\ndef flat(images, prompts, metas):\n"
+        "    return images.new_full((len(images),), .3)\n")
+    more = dict(fisher_every=0, adv_std="none") if module is slas else {}
+    rows = [run(module, [*flags(groups=4, updates=1, micro_batch=4, steps=1, out=f"out-{drop}", drop_constant=drop,
+                                **more), "--reward", "half.py:score"])[1][0] for drop in (False, True)]
+    assert rows[1]["grad_norm"] == pytest.approx(2 * rows[0]["grad_norm"], rel=1e-5)
+    assert rows[0]["backwards"] == 2 * rows[1]["backwards"] > 0
+    last, rows, _ = run(module, [*flags(updates=2, out="none", drop_constant=True, **more), "--reward", "half.py:flat"])
+    assert last["steps"] == 2 and rows[-1]["backwards"] == 0 == rows[-1]["grad_norm"]
+
+
+def test_the_last_step_of_dgpos_sde_adds_no_noise(random_model):
+    pipe, seen = models.load("tiny", str(random_model)), []
+    cfg = dgpo.Config(sde=True, sample_steps=4, group_size=2, weights=str(random_model))
+    ctx, null = pipe.encode_text(["a ring"] * 2), pipe.encode_text([""])
+    real = data.noises
+    try:
+        data.noises = lambda shape, keys, *more: seen.append(keys[0][-1]) or real(shape, keys, *more)
+        dgpo.rollout(pipe, ctx, null, cfg, 0, range(1))
+    finally:
+        data.noises = real
+    assert seen == ["start", "sde 0", "sde 1", "sde 2"]
+
+
 @BOTH
 def test_default_out_is_a_free_folder(module, flags):
     for number in ("001", "002"):
