@@ -383,7 +383,7 @@ def contact_sheet(columns=6, seed=0, size=32, scale=4):
 # Prompts
 # =====================================================================================================================
 
-HPDV2 = ("curl -L --create-dirs -o weights/hpdv2/train.txt "            # as DanceGRPO trained on; its README names them
+HPDV2 = ("curl -fL --create-dirs -o weights/hpdv2/train.txt "           # as DanceGRPO trained on; its README names them
          "https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets/prompts.txt")
 
 

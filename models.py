@@ -1296,9 +1296,9 @@ class T5Tokenizer:
         file = Path(directory) / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing: tokenizer.json is needed, spiece.model is not read. transformers, with "
-                f"sentencepiece and protobuf, makes the one of the other:\n"
-                f"    python -c 'from transformers import T5TokenizerFast as T; "
+                f"{file} is missing: tokenizer.json is needed, spiece.model is not read. transformers makes the one of "
+                f"the other:\n    pip install transformers sentencepiece protobuf && "
+                f"python -c 'from transformers import T5TokenizerFast as T; "
                 f"T.from_pretrained(\"{directory}\").save_pretrained(\"{directory}\")'")
         kind = (read_json(file).get("model") or {}).get("type")
         if kind != "Unigram":
@@ -1465,8 +1465,8 @@ SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-fo
            "sd14": "CompVis/stable-diffusion-v1-4"}
 GATED = ("sd35m", "flux")
 DUPLICATES = {                                                        # what the sources hold a second time
-    "sd35m": ("sd3.5_medium.safetensors", "text_encoders/*"), "flux": ("flux1-dev.safetensors", "ae.safetensors"),
-    "sd14": ("*.bin",)}
+    "sd35m": ("sd3.5_medium.safetensors", "text_encoders/*", "*.fp16*"),
+    "flux": ("flux1-dev.safetensors", "ae.safetensors"), "sd14": ("*.bin", "*.fp16*", "safety_checker/*")}
 VAE_CONFIG = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, latent_channels=16,
                   use_quant_conv=False, use_post_quant_conv=False)
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, eos_token_id=2)
@@ -1801,8 +1801,8 @@ def fresh_uvit(model, weights, lam, dtype, device, seed, predict="noise"):
     directory = Path(weights or (TINY_DIR if tiny else HERE / "weights" / "uvit"))
     if not (directory / "text_encoder").is_dir():
         raise FileNotFoundError(f"{directory / 'text_encoder'} does not exist: training --model {model} takes its text "
-                                f"encoders and VAE from there (text_encoder, text_encoder_2, vae and their tokenizers, "
-                                f"as diffusers has them)")
+                                f"encoders and VAE from there (text_encoder, a CLIPTextModel, text_encoder_2, a T5, "
+                                f"vae and their tokenizers, as diffusers has them: weights/flux fits as it is)")
     torch.manual_seed(seed)
     net = UViT(**UVITS["tiny" if tiny else "uvit"] | {"lam": lam, "predict": predict}).init_weights().to(device, dtype)
     encoders, tokenizers = [], []
@@ -1894,7 +1894,7 @@ def find(model, weights=None, init=None):
         licence, login = ((f", once you accept the licence on https://huggingface.co/{SOURCES[model]},",
                            "hf auth login && ") if model in GATED else ("", ""))
         raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{licence} "
-                                f"by: pip install huggingface_hub && {login}hf download {SOURCES[model]}{exclude} "
+                                f"by: pip install 'huggingface_hub>=1' && {login}hf download {SOURCES[model]}{exclude} "
                                 f"--local-dir {directory}")
     if model == "uvit":
         raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
@@ -1934,6 +1934,9 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
     if unknown:
         raise ValueError(f"{directory}/model_index.json: a {pipeline} has no part {unknown[0]}")
     net_name, wide = next(iter(classes)), torch.promote_types(dtype, torch.float32)
+    if file and classes[net_name] not in ORIGINAL:
+        raise ValueError(f"--weights {file}: an original single file can be read of SD3 and FLUX, not of a {pipeline}: "
+                         f"give a directory as diffusers has them")
     if net_name not in parts:
         raise ValueError(f"{directory}/model_index.json names no {net_name}: this is no complete pipeline")
 
@@ -2123,7 +2126,8 @@ def lora_file(path):
 
 
 def lora_file_scale(file):
-    """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it; 1 where none does.
+    """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it, DanceGRPO's code in its
+    lora_config.json there; 1 where none does.
 
     A file is peft's by its tensors' names or its own. Raises ValueError where it is damaged or of another kind, and
     FileNotFoundError where it is peft's, without adapter_config.json.
@@ -2140,6 +2144,12 @@ def lora_file_scale(file):
             raise FileNotFoundError(f"{beside} is missing, and only it states alpha and rank of {Path(file).name}, "
                                     f"which peft wrote: copy it there too")
         config = read_json(beside)
+    beside = Path(file).with_name("lora_config.json")
+    if not config and beside.is_file():
+        stated = read_json(beside).get("lora_params") or {}
+        config = {"r": stated.get("lora_rank"), "lora_alpha": stated.get("lora_alpha")}
+        if not all(config.values()):
+            raise ValueError(f"{beside} states no lora_params with lora_rank and lora_alpha")
     config = {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in config.items()}
     for option in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
         if config.get(option):

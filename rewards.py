@@ -866,6 +866,7 @@ class Affine(nn.Module):
 
 
 # Where the weights are: directory -> its files and the commands that bring them. {} is the directory.
+_HUB = "pip install 'huggingface_hub>=1' && "                          # before 1, the second --exclude is the only one
 _HF = "hf download {} {} --local-dir {{}}"
 _BPE = _HF.format("openai/clip-vit-large-patch14", "vocab.json merges.txt tokenizer_config.json")
 _BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -885,15 +886,15 @@ DOWNLOADS = {
                  _HF.format("openai/clip-vit-large-patch14", "config.json model.safetensors " + " ".join(_BPE_FILES))),
     "clip-dfn": (("|".join(OPEN_CLIP_FILES["clip-dfn"]), *_BPE_FILES),
                  _HF.format("apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_pytorch_model.bin") + " && " + _BPE),
-    "aesthetic": ((HEAD,), f"curl -L --create-dirs -o '{{}}/{HEAD}' https://github.com/christophschuhmann/"
+    "aesthetic": ((HEAD,), f"curl -fL --create-dirs -o '{{}}/{HEAD}' https://github.com/christophschuhmann/"
                            f"improved-aesthetic-predictor/raw/main/{HEAD.replace('+', '%2B')}"),
     "imagereward": (("ImageReward.pt", "vocab.txt"), _HF.format("THUDM/ImageReward", "ImageReward.pt") + " && " +
                     _HF.format("google-bert/bert-base-uncased", "vocab.txt")),
     "tiny-clip": (("config.json", "model.safetensors", *_BPE_FILES), "python rewards.py train-proxy --out {}"),
     "mask2former": (("|".join((*MMDET_FILES, "model.safetensors")),),
-                    f"curl -L --create-dirs -o '{{}}/{MMDET_FILES[0]}' https://download.openmmlab.com/mmdetection/v2.0/"
-                    f"mask2former/{_MMDET}/{MMDET_FILES[1]} (the benchmark's and the papers'), or, another training "
-                    f"run of it, by: pip install huggingface_hub && {_MASK2FORMER}")}
+                    f"curl -fL --create-dirs -o '{{}}/{MMDET_FILES[0]}' https://download.openmmlab.com/mmdetection/"
+                    f"v2.0/mask2former/{_MMDET}/{MMDET_FILES[1]} (the benchmark's and the papers'), or, another "
+                    f"training run of it, by: {_HUB}{_MASK2FORMER}")}
 
 
 def weights_of(name, weights=None):
@@ -903,7 +904,7 @@ def weights_of(name, weights=None):
     absent = [file.partition("|")[0] for file in files             # a|b: either will do
               if not any((directory / name).is_file() for name in file.split("|"))]
     if absent:
-        tool = "pip install huggingface_hub && " if command.startswith("hf") else ""
+        tool = _HUB if command.startswith("hf") else ""
         raise ValueError(f"no weights for the reward: {directory / absent[0]} is missing. They come by: {tool}"
                          f"{command.replace('{}', str(directory))}")
     return directory
@@ -1619,7 +1620,7 @@ def read_detector(directory, device="cpu"):
     if files[0].suffix == ".safetensors":
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory / 'config.json'} is missing, which says what model.safetensors holds. Both "
-                             f"come by: pip install huggingface_hub && {_MASK2FORMER.replace('{}', str(directory))}")
+                             f"come by: {_HUB}{_MASK2FORMER.replace('{}', str(directory))}")
         config, convert = models.read_json(directory / "config.json"), lambda key, tensor: [(key, tensor)]
     with torch.device("meta"):
         net = Mask2Former(**config)
@@ -2921,7 +2922,7 @@ def bench(args):
         raise ValueError(f"--benchmark {args.benchmark} comes without rewards: add --reward NAME,NAME, or choose "
                          f"{', '.join(BENCHMARKS)}")
     if source and not spec.is_file():
-        raise ValueError(f"no prompts for --benchmark {args.benchmark}: {spec} is missing. They come by: curl -L "
+        raise ValueError(f"no prompts for --benchmark {args.benchmark}: {spec} is missing. They come by: curl -fL "
                          f"--create-dirs -o {spec} https://raw.githubusercontent.com/{source}")
     if min(args.draw, args.per_prompt) < 0:
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")

@@ -219,7 +219,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     assert "GPU(s) on this machine" in refused(capsys, "--device", "cuda:99")
     assert "No such file" in refused(capsys, "--lora", tmp_path / "none.safetensors")
     monkeypatch.setitem(rewards.BENCHMARKS, "drawbench", (tmp_path / "none.txt", *rewards.BENCHMARKS["drawbench"][1:]))
-    assert "curl -L" in refused(capsys, "--benchmark", "drawbench")
+    assert "curl -fL" in refused(capsys, "--benchmark", "drawbench")
 
 
 def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):

@@ -461,7 +461,7 @@ def test_a_shared_network_is_read_once(home):
 def test_missing_weights_name_the_command(tmp_path):
     for name, download in (("pickscore", "hf download yuvalkirstain/PickScore_v1"), ("hpsv2", "xswu/HPSv2"),
                            ("clip-dfn", "apple/DFN5B-CLIP-ViT-H-14-378"), ("clipscore", "clip-vit-large-patch14"),
-                           ("aesthetic", "curl -L"), ("imagereward", "THUDM/ImageReward")):
+                           ("aesthetic", "curl -fL"), ("imagereward", "THUDM/ImageReward")):
         with pytest.raises(ValueError, match=download) as e:
             rewards.load(name, tmp_path)
         assert "\n" not in str(e.value) and str(tmp_path) in str(e.value) and "{}" not in str(e.value)

@@ -793,6 +793,20 @@ def test_a_lora_file_without_alpha_has_scale_one(tmp_path):
     assert_equal(ours(*inputs).detach(), diffusers_forward(theirs, *inputs).detach())
 
 
+def test_load_lora_reads_the_alpha_that_dancegrpo_writes_beside_it(tmp_path):
+    ours, theirs = lora_pair(tmp_path)
+    inject(theirs, alpha=2.0 * RANK)
+    file = save_by_pipeline(theirs, tmp_path / "lora", metadata=False)
+    beside = Path(file).parent / "lora_config.json"
+    beside.write_text(json.dumps({"step": 100, "lora_params": {"lora_rank": RANK, "lora_alpha": 2 * RANK}}))
+    models.load_lora(ours, file)
+    inputs = mmdit_inputs(SD35M)
+    assert_equal(ours(*inputs).detach(), diffusers_forward(theirs, *inputs).detach())
+    beside.write_text("{}")
+    with pytest.raises(ValueError, match="lora_config.json states no lora_params"):
+        models.load_lora(ours, file)
+
+
 def test_load_lora_reads_what_peft_wrote(tmp_path):
     ours, theirs = lora_pair(tmp_path)
     config = peft.LoraConfig(r=RANK, lora_alpha=10.0, target_modules=list(models.MMDiT.lora_targets))

@@ -640,6 +640,14 @@ def test_an_original_file_lets_the_folders_that_have_weights_be(saved, copy):
             models.load("flux", weights=directory / "flux1.safetensors")
 
 
+def test_a_single_file_of_sd1_is_refused_before_anything_is_read(copy):
+    directory = copy("sd14")
+    (file := directory / "v1-4.safetensors").write_bytes(b"not read")
+    for model in (directory, "sd14"):
+        with pytest.raises(ValueError, match="can be read of SD3 and FLUX, not of a StableDiffusionPipeline"):
+            models.load(str(model), weights=file)
+
+
 @pytest.mark.parametrize("name", models.SOURCES)
 def test_missing_weights_come_with_the_command(name, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "HERE", tmp_path)
@@ -657,8 +665,10 @@ def test_missing_weights_come_with_the_command(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, twice", (
-    ("sd35m", ("sd3.5_medium.safetensors", "text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors")),
-    ("flux", ("flux1-dev.safetensors", "ae.safetensors")), ("sd14", ("unet/diffusion_pytorch_model.bin",))))
+    ("sd35m", ("sd3.5_medium.safetensors", "text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors",
+               "text_encoder_3/model.fp16-00001-of-00002.safetensors", "text_encoder/model.fp16.safetensors")),
+    ("flux", ("flux1-dev.safetensors", "ae.safetensors")),
+    ("sd14", ("unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"))))
 def test_what_the_download_leaves_out_is_there_twice(name, twice):
     """By the hub's own reading of --exclude."""
     wanted = ["model_index.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",

@@ -188,7 +188,7 @@ def test_hpdv2(tmp_path):
     (tmp_path / "anime.json").write_text(json.dumps(["a cat", "a dog"]))
     for name in ("train", "anime"):
         assert [row["prompt"] for row in data.prompts(tmp_path / f"{name}.json", "train")] == ["a cat", "a dog"]
-    with pytest.raises(ValueError, match="curl -L --create-dirs -o weights/hpdv2/train.txt https://"):
+    with pytest.raises(ValueError, match="curl -fL --create-dirs -o weights/hpdv2/train.txt https://"):
         data.prompts("weights/hpdv2/train.txt", "train")
     with pytest.raises(ValueError, match="No such file or directory$"):
         data.prompts(tmp_path / "mine.txt", "train")
