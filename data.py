@@ -1534,8 +1534,9 @@ def load_policy(cfg, run, fresh=False):
         pipe = models.fresh_uvit(cfg.model, cfg.weights or None, cfg.method == "prox", dtype, run.device, cfg.seed,
                                  cfg.predict)
     else:
+        whole = dtype == torch.bfloat16 and not (cfg.lora_rank or cfg.fsdp)                # from the file's own bits
         pipe = models.load(cfg.model, cfg.weights or None, dtype, run.device, cfg.init or None,
-                           cfg.text_length or None)
+                           cfg.text_length or None, torch.float32 if whole else None)
     if pipe.family == "uvit" and run.method != "proxt2i":
         raise ValueError(f"--model {cfg.model}: a U-ViT is no flow model and no SD1: python proxt2i.py rl --model "
                          f"{cfg.model}")

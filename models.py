@@ -1904,14 +1904,15 @@ def find(model, weights=None, init=None):
                             f"{', '.join([*SHIPPED, *CONFIGS])} or a directory in the diffusers layout")
 
 
-def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None):
+def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text_length=None, net_dtype=None):
     """A whole pipeline from a name (tiny, tiny-prox, tiny-score, sd35m, flux, sd14, uvit), or from a directory in the
     diffusers layout.
 
     weights: the directory where it is not weights/<model>, or an original single file (sd3.5_medium.safetensors,
     flux1-dev.safetensors), whose directory then holds the rest. init="random": full-size networks with random weights
     and text features on the device, for measuring. text_length: T5's tokens; None: 128 for SD3, as the released RL
-    code; 512 for FLUX.1-dev, 256 for -schnell. The VAE stays in float32 (float64 if dtype is).
+    code; 512 for FLUX.1-dev, 256 for -schnell. net_dtype: the network's, where it is not dtype. The VAE stays in
+    float32 (float64 if dtype is).
     Raises ValueError or FileNotFoundError that name the file and what to do.
     """
     if init not in (None, "random"):
@@ -1968,7 +1969,7 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         is_t5 = classes[name] is T5Encoder
         tokenizers.append(T5Tokenizer(folder, text_length or 128) if is_t5 else CLIPTokenizer(folder))
     encoders = [part(name, dtype) for name in names]
-    pipe = TextToImage(family, part(net_name, dtype), encoders, tokenizers,
+    pipe = TextToImage(family, part(net_name, net_dtype or dtype), encoders, tokenizers,
                        part("vae", wide) if "vae" in parts else None, shift)
     pipe.source = directory
     check_widths(pipe, directory)

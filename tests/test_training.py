@@ -385,11 +385,11 @@ def test_merged_lora(family, train):
 @FAMILIES
 @BOTH
 def test_bfloat16_keeps_float32_weights(module, family, train, folder):
-    """An update far under bf16's precision is kept.
+    """The file's own, not rounded: an update far under bf16's precision is kept, and they start from there.
 
     The rollout's batch gives again its log-probs to the bit, so that the self-check needs no wider clip range.
     """
-    run, net = train(module, family, dtype="bfloat16", lr=1e-6), network(folder, family, torch.bfloat16)
+    run, net = train(module, family, dtype="bfloat16", lr=1e-6), network(folder, family)
     for key in ("params", "ema"):
         assert all(p.dtype == torch.float32 for p in run.state[key])
     for p, (name, before) in zip(run.state["params"], net.named_parameters(), strict=True):
