@@ -1056,7 +1056,7 @@ def chat(server, model, messages, stop, timeout=120., retries=6, backoff=1., **o
     server: the address up to /v1; messages: as the API has them; options: more fields of the request, such as
     max_tokens. The key is $OPENAI_API_KEY. A server that is slow, busy (429), broken (5xx) or answers noise is asked
     again, `retries` times, after waits that double, with jitter, until the Event `stop` is set. Raises NoAnswer after
-    the last one, and Refused at once for any other answer than 200.
+    the last one, and Refused at once for any other error of HTTP.
     """
     body = json.dumps({"model": model, "temperature": 0, **options, "messages": messages}).encode()
     key = os.environ.get("OPENAI_API_KEY", "none").strip()             # a file's last line may end it
