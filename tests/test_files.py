@@ -478,7 +478,8 @@ def test_spiece_model_alone_is_an_error_with_the_command_that_helps(t5_files, tm
     (tmp_path / "spiece.model").write_bytes(b"\n")
     with pytest.raises(FileNotFoundError, match="tokenizer.json is needed") as caught:
         T5Tokenizer(tmp_path, 8)
-    command = str(caught.value).split("\n")[1].strip()
+    install, _, command = str(caught.value).split("\n")[1].strip().partition(" && ")
+    assert install == "pip install transformers sentencepiece protobuf"
     assert command.startswith("python -c 'from transformers import T5TokenizerFast")
     (tmp_path / "spiece.model").unlink()                              # the command itself, with nothing to convert
     (tmp_path / "tokenizer.json").write_bytes((t5_files / "tokenizer.json").read_bytes())
