@@ -88,6 +88,27 @@ def keys(stream, n=None):
 
 # =========================================================================================================== the stream
 
+def test_images_beside_another_tools_index_are_no_latents(tmp_path):
+    """Latents are known by their files' names; a cache that was not finished says so, and so does a broken one."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "index.json").write_text('{"shards": []}')
+    images, captions = data.training_stream(str(tmp_path), 16, 0, 1, 2, 0)(0)
+    assert images.shape == (2, 3, 16, 16) and list(captions) == ["a cat"] * 2
+    (tmp_path / "0-of-1-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="index.json is not one of data.latents"):
+        data.training_stream(str(tmp_path), 16, 0, 1, 2, 0)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match="the latents are not finished"):
+        data.training_stream(str(tmp_path), 16, 0, 1, 2, 0)
+
+
+def test_latents_for_another_model_are_refused():
+    data.check_cached("cache", [(4, 8, 8), (77, 16)], [(4, 8, 8), (77, 16)])
+    with pytest.raises(ValueError, match=r"--images cache holds latents .*\(4, 8, 8\).* wants .*\(4, 16, 16\)"):
+        data.check_cached("cache", [(4, 8, 8), (77, 16)], [(4, 16, 16), (77, 16)])
+
+
 @pytest.mark.parametrize("shuffle", (True, False))
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_ranks_cover_everything_once_an_epoch(shards, world, shuffle):

@@ -455,6 +455,14 @@ def test_json_has_no_nan():
     json.dumps(row, allow_nan=False)
 
 
+def test_prompts_are_drawn_from_the_rows_at_hand():
+    """Sorted by task once for the same rows, anew for others."""
+    run = types.SimpleNamespace(tasks=(None, []), cfg=types.SimpleNamespace(groups=5, seed=3))
+    for rows in ([{"prompt": "a"}, {"prompt": "b"}], [{"prompt": "c", "tag": "x"}, {"prompt": "d"}]):
+        for step in range(3):
+            assert data.Run.drawn(run, rows, step) == data.draw_prompts(rows, 5, data.mix(3, step, "prompts"))
+
+
 def test_a_reward_cannot_change_the_prompts():
     def greedy(images, prompts, metas):
         for meta in metas:

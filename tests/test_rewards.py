@@ -424,6 +424,28 @@ def test_images_are_scored_on_the_rewards_own_device(tmp_path):
         assert score.rewards[f"{file}:where"].__globals__["seen"] == [device]
 
 
+def test_a_folder_of_many_sizes_is_scored_in_small_batches(tmp_path, monkeypatch):
+    """As many at once as pixels allow, and as few calls as sizes allow; a key named like a reward is no reward."""
+    rows = []
+    for i in range(12):
+        side = (8, 9, 10)[i % 3]
+        Image.new("RGB", (side, side), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", "prompt": "a photo of a red ring", "calls.py:red": "high"})
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "calls.py").write_text("sizes = []\n\n\ndef red(images, prompts, metas):\n"
+                                       "    sizes.append(len(images))\n    return images[:, 0].mean((1, 2)) * 255\n")
+    spec = f"{tmp_path / 'calls.py'}:red"
+    for pixels, most in ((10 ** 6, 12), (200, 3)):                     # 12 wait; three of them are over 200
+        monkeypatch.setattr(rewards, "PIXELS", pixels)
+        scored, seen = [], data.scored
+        monkeypatch.setattr(data, "scored", lambda *args: scored.append(len(args[2])) or seen(*args))
+        found = rewards.score_folder(spec, tmp_path)
+        monkeypatch.setattr(data, "scored", seen)
+        assert [round(row["reward"]) for row in found] == list(range(12)) == [round(r["terms"][spec]) for r in found]
+        assert sum(scored) == 12 and len(scored) == {12: 3, 3: 12}[most]
+    rewards.main(["--reward", spec, "--images", str(tmp_path)])        # its table, too
+
+
 def test_command_line(tmp_path, capsys, reward_file, monkeypatch):
     metas, images = scenes(5)
     rows = []
