@@ -472,15 +472,15 @@ def _rows(suffix, text):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(f"line {n} of the file: {error.msg}", line, error.pos) from None
+                raise csv.Error(f"line {n}, column {error.colno}: {error.msg}") from None
         return rows
     if suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         for n, row in enumerate(rows, 1):
             if None in row:
                 raise csv.Error(f"row {n} has more cells than the header; a prompt with a comma wants quotes around it")
-            if (row.get("weight") or "").isdecimal():                  # all cells are text
-                row["weight"] = int(row["weight"])
+            weight = (row.pop("weight", "") or "").strip()             # all cells are text
+            row |= {"weight": int(weight) if weight.isdecimal() else weight} if weight else {}
         return [unigenbench_row(row) if {"prompt_en", "prompt_zh"} & row.keys() else row for row in rows]
     return json.loads(text) if lines else []
 
@@ -1024,13 +1024,18 @@ Describe the hands in detail, covering:
 If no, respond with 'No' and nothing else."""
 
 
+REFUSAL = re.compile(r"""\W* (
+    (i['’]m | i\ am)\ (sorry | afraid | unable | not\ able | just\ an? | an?\ (ai | language | text)) |
+    i\ (can['’]?t | cannot | can\ not | do\ not | don['’]t | will\ not | won['’]t | apologi[sz]e) |
+    sorry | as\ an\ ai | unable\ to | unfortunately) \b""", re.I | re.X)
+
+
 def caption_fault(text):
     """Why a model's answer is no caption: empty, refused, repeats itself, too short or too long. None if it is one."""
     words = re.findall(r"\w+", text.lower())
     if not words or HALF.search(text):
         return "corrupt caption" if words else "empty caption"
-    if re.match(r"\W*((i['’]m|i am) (sorry|unable|not able)|i (can['’]?t|cannot|can not|do not|don['’]t|will not|"
-                r"won['’]t|apologi[sz]e)|(sorry|as an ai|unable to|unfortunately)\b)", text, re.I):
+    if REFUSAL.match(text):
         return "refused caption"
     phrases = collections.Counter(zip(words, words[1:], words[2:], words[3:]))
     if 2 * len(set(words)) < len(words) or max(phrases.values(), default=0) > 2 or max(map(len, words)) > 40:
@@ -1346,11 +1351,12 @@ def cli(config, presets, argv=None, defaults=None):
         fit = {"updates": math.gcd(full["updates"], full["groups"]),
                "train_steps": min(full["train_steps"], full["sample_steps"])}
         values |= {name: value for name, value in fit.items() if name not in given}
-        if values.get("gpu_memory") and "micro_batch" not in (typed if "gpu_memory" in typed else given):
-            now, world = full | values, int(os.environ.get("WORLD_SIZE", 1))               # the ratio wants the
-            size, share = now["group_size"], now["groups"] // max(1, now["updates"]) // world  # rollout's batches again
-            values["micro_batch"] = next(m for m in range(now["micro_batch"], 0, -1)
-                                         if size % m == 0 or m % size == 0 and share * size % m == 0)
+        if values.get("gpu_memory") and "micro_batch" not in typed:    # the ratio wants the rollout's batches again
+            now, world = full | values, int(os.environ.get("WORLD_SIZE", 1))
+            size, share = now["group_size"], now["groups"] // max(1, now["updates"]) // world
+            typed_once = "micro_batch" in given and "gpu_memory" not in typed and now["micro_batch"] % max(1, size)
+            values["micro_batch"] = now["micro_batch"] if typed_once else next(                # and the run is resumed
+                m for m in range(now["micro_batch"], 0, -1) if size % m == 0 or m % size == 0 and share * size % m == 0)
     cfg = config(**values)
     if typed.get("fused"):
         from csrc import ops
@@ -2126,7 +2132,7 @@ def write_atomic(path, content):
         os.replace(new, path)
     except BaseException as error:
         new.unlink(missing_ok=True)                                    # a part of it, on a full disk
-        cause = error if isinstance(error, OSError) else error.__context__                 # torch.save's RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error            # torch.save's own, over it
         if isinstance(cause, OSError):
             raise ValueError(f"cannot write {path}: {cause.strerror}") from None
         raise
@@ -2322,12 +2328,12 @@ class Scoring:
     made = weakref.WeakSet()                                           # all of them, for `busy`
 
     def __init__(self, run, score):
-        Scoring.made.add(self)
         self.run, self.score, self.chunks, self.parts, self.values, self.unparsed = run, score, [], [], {}, {}
         cuda = run.cfg.overlap and run.device.type == "cuda"           # a new thread's GPU is the first one: say which
         self.thread = ThreadPoolExecutor(1, "reward", *((torch.cuda.set_device, (run.device,)) if cuda else ())
                                          ) if run.cfg.overlap else None
         self.stream = torch.cuda.Stream(run.device) if cuda else None
+        Scoring.made.add(self)
 
     def add(self, images, prompts, metas):
         """images: (b, 3, H, W) in [0, 1]. Raises ValueError if the reward has failed by now, as `scored` does."""
@@ -2391,7 +2397,7 @@ class Scoring:
         """Forget the chunks that are not begun. Returns whether one is begun, and not done within a second."""
         if self.thread:
             self.thread.shutdown(wait=False, cancel_futures=True)
-            return bool(futures.wait(self.parts, timeout=1).not_done)
+            return bool(futures.wait([part for part in self.parts if not part.cancelled()], timeout=1).not_done)
         return False
 
     def row(self, adv):
@@ -2534,7 +2540,7 @@ def sheet(run, prompts, draw):
 
 def strip(folder):
     """All of a run's sheets, one under the other, as samples/strip.png."""
-    sheets = sorted(folder.glob("[0-9]*.png"), key=lambda file: int(file.stem))
+    sheets = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
     if sheets:
         with Image.open(sheets[0]) as page:
             width, height = page.width, page.height - HEADER

@@ -67,7 +67,7 @@ class Config:
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off) [Flow-GRPO's code]
     ema_every: int = 1                  # updates between two of its steps                      [Flow-GRPO's code: 8]
     adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway [Flow-GRPO's code]
-    adv_std: str = "group"              # (1): group (paper), batch (released code) or none
+    adv_std: str = "group"              # (1): group (papers), batch (Flow-GRPO's code) or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off               [Flow-GRPO's code: 4.5]
     cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
     cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass  [Flow-GRPO's code: True]
@@ -136,7 +136,7 @@ METHODS = {                                                           # under a 
     "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
 MIX = dict(reward_mix="advantage", adv_std="none")                     # and how it mixes them: Alg. 1
-TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # its App. A, Table 6
+TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # DanceGRPO, App. A, Table 6
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1},    # its dt: 4 to 25 times the code's; updates ours
@@ -459,8 +459,9 @@ def train(cfg):
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        names = "loss", "kl", "ratio", "clip_frac", "approx_kl"
-        run.report(len(reward), row | dict(zip(names, (run.sum(logs) / cfg.updates).tolist()), grad_norm=grad_norm))
+        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # these left not all groups out
+        means = zip(("loss", "kl", "ratio", "clip_frac", "approx_kl"), (run.sum(logs) / made).tolist())
+        run.report(len(reward), row | dict(means, grad_norm=grad_norm))
     data.finish(run, start)
 
 

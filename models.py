@@ -1464,7 +1464,7 @@ UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")  
 SOURCES = {"sd35m": "stabilityai/stable-diffusion-3.5-medium", "flux": "black-forest-labs/FLUX.1-dev",
            "sd14": "CompVis/stable-diffusion-v1-4"}
 GATED = ("sd35m", "flux")
-DUPLICATES = {                                                        # what the sources hold a second time
+DUPLICATES = {                                                        # what the sources hold twice, or for nobody here
     "sd35m": ("sd3.5_medium.safetensors", "text_encoders/*", "*.fp16*"),
     "flux": ("flux1-dev.safetensors", "ae.safetensors"), "sd14": ("*.bin", "*.fp16*", "safety_checker/*")}
 VAE_CONFIG = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, latent_channels=16,

@@ -122,10 +122,11 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
             with torch.autocast(seen.device.type, torch.bfloat16) if name in rounded else contextlib.nullcontext():
                 values = reward(seen, prompts, meta)
             try:
-                values = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+                values = values if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float32)
             except (TypeError, ValueError, RuntimeError):
                 raise RuntimeError(f"reward {name!r} returned {type(values).__name__}, and no ({len(images)},) numbers"
                                    ) from None
+            values = values.detach().to(images.device, torch.float32)
             if version() != before:
                 raise RuntimeError(f"reward {name!r} changed the images, which others look at, too: let it copy them")
             if values.shape != (len(images),):
@@ -866,7 +867,7 @@ class Affine(nn.Module):
 
 
 # Where the weights are: directory -> its files and the commands that bring them. {} is the directory.
-_HUB = "pip install 'huggingface_hub>=1' && "                          # before 1, the second --exclude is the only one
+_HUB = "pip install 'huggingface_hub>=1' && "                          # as in models.py
 _HF = "hf download {} {} --local-dir {{}}"
 _BPE = _HF.format("openai/clip-vit-large-patch14", "vocab.json merges.txt tokenizer_config.json")
 _BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -2457,8 +2458,8 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
                     with doubt:                                        # the image's fault or the server's? One asks
                         if count["answered"] == before and not stop.is_set():
                             try:
-                                data.chat(server, model, [{"role": "user", "content": "ok"}], stop, *patience,
-                                          max_tokens=1)
+                                data.chat(server, model, [{"role": "user", "content": "ok"}, *start], stop, *patience,
+                                          **options | extra | {"max_tokens": 1})
                             except data.NoAnswer:
                                 down.append(error)
                                 stop.set()
@@ -2490,6 +2491,8 @@ def judge(name, question, read, template, form="PNG", size=None, prefill="", deq
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+        if len(why) == sum(finite) > 1 and isinstance(why[0], data.Refused):               # not one image's fault
+            raise why[0]
         ask.unparsed, ask.unanswered = (count[key] / max(len(images), 1) for key in ("unparsed", "unanswered"))
         if count["unparsed"] or count["unanswered"]:
             tqdm.write(f"{name}: of {len(images)} images {count['unparsed']} have no answer that can be read"
@@ -2525,15 +2528,16 @@ def answer_text(choice):
 
 # --------------------------------------------------------------------------------- a number, or the mean of several
 
+def after(words):
+    """The pattern of a number after words and a colon, however they are decorated: **Score**: 4, score (1-5): [4]. A
+    range is no number."""
+    return rf"(?i){words}[\W_]*?(?:\(1-5\)[\W_]*?)?:[\s*_\[(]*(\d+(?:\.\d+)?)(?![\d.]*\d|\s*[-–]\s*\d)"
+
+
 # A question and how its answer is read: patterns, a regular expression for each number, the last that matches counts;
 # weights of their sum, the mean by default; low and high, what a number may be. The reward is the sum over high.
 # UnifiedReward's questions ask for the form of answer that its models were trained to give, in words of ours: who wants
 # the authors' own puts them into a template, {"question": "... {prompt} ..."}.
-def after(words):
-    """The pattern of a number after words and a colon, however they are decorated: **Score**: 4, score (1-5): [4]."""
-    return rf"(?i){words}[\W_]*?(?:\(1-5\)[\W_]*?)?:[\s*_\[(]*(\d+(?:\.\d+)?)"
-
-
 NUMBER = {
     "unifiedreward": {                                                 # v1.5
         "question": "<image>\nYou are given a text caption and a generated image based on that caption. Rate the image "
@@ -3066,6 +3070,7 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             row["terms"] = {name: raw[i].item() for name, raw in score.values.items()}
         bar.update(len(some))
         return len(some) * shape[0] * shape[1]
+
     for row in rows:
         image = np.array(_open(folder / row["file"]))                  # (H, W, 3) uint8
         sizes.setdefault(image.shape, []).append((row, image))

@@ -160,8 +160,8 @@ TWO = "hpsv2:0.7,clip-dfn:1.4", "hpsv2:1,clip-dfn:1"                   # its pap
 METHODS = {                                                           # under a preset of this method, above another's
     "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
-MIX = {}                                                               # raw: [6.1] names weights and no other way
-TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # its App. A, Table 6
+MIX = {}                                                               # a raw sum: [Sec. 6.1] names only its weights
+TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # DanceGRPO, App. A, Table 6
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
     "paper": {"sd3": {**FLOW, "kl_form": "gaussian", "updates": 1},    # its dt: 4 to 25 times the code's; updates ours
@@ -548,8 +548,9 @@ def train(cfg):
             trust["kl"] = run.sum(kl).item() / len(trained) / run.world
             trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * row["advantage"]["square"]
         # 5. Report
-        names = "loss", "kl", "ratio", "clip_frac", "approx_kl"
-        run.report(len(reward), row | dict(zip(names, (run.sum(logs) / cfg.updates).tolist()), grad_norm=grad_norm))
+        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # these left not all groups out
+        means = zip(("loss", "kl", "ratio", "clip_frac", "approx_kl"), (run.sum(logs) / made).tolist())
+        run.report(len(reward), row | dict(means, grad_norm=grad_norm))
     data.finish(run, start)
 
 

@@ -92,7 +92,8 @@ def choice(text, end="stop"):
     ("unifiedreward-2", "Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 7", None),
     ("unifiedreward", "**Final Score**: 4", .8), ("unifiedreward", "final score (1-5): [3]", .6),
     ("unifiedreward-2", "**Alignment Score (1-5)**: 2\n_Coherence Score_: 3\nStyle Score:** 4**", .6),
-    ("vlm", "The cat is there. Score: 1", .2), ("vlm", "I cannot see it.", None), ("vlm", "### Score:\n4", .8)))
+    ("vlm", "The cat is there. Score: 1", .2), ("vlm", "I cannot see it.", None), ("vlm", "### Score:\n4", .8),
+    ("vlm", "Score: (1-5) 4", None), ("vlm", "Score: [1 - 5]: 3", None), ("vlm", "Score: 12", None)))
 def test_numbers(server, name, text, value):
     server.answer = lambda body, image, n: (200, text)
     (got,), reward = ask(name, grey(9))
@@ -403,9 +404,10 @@ def test_an_image_that_the_server_refuses_is_nan(server, monkeypatch, capsys):
         assert values == [1. if level else None for level in levels] and reward.unparsed == 0
         assert reward.unanswered == pytest.approx(1 / len(levels))
         assert "1 none at all: NaN. " in (said := capsys.readouterr().err) and "the image was filtered" in said
-    server.answer = lambda body, image, n: refusal                     # whatever is asked
-    with pytest.raises(ValueError, match="refused: HTTP 400"):
-        ask("vlm", grey(1, 2))
+    for text_too in (True, False):                                     # whatever is asked, or every image
+        server.answer = lambda body, image, n: refusal if image or text_too else (200, "ok")
+        with pytest.raises(ValueError, match="refused: HTTP 400"):
+            ask("vlm", grey(1, 2))
     server.answer = lambda body, image, n: (404, b"no such model") if image else (200, "ok")
     with pytest.raises(ValueError, match="refused: HTTP 404"):
         ask("vlm", grey(1, 2))

@@ -244,6 +244,15 @@ def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
     assert {*said, str(error.value)} == {"the reward mine failed: KeyError: 'no such judge'"}
 
 
+def test_a_failure_with_chunks_in_the_queue_is_an_error_like_others(flags, capsys):
+    """The process is not ended under its caller, a notebook say, where no reward runs any more."""
+    Path("fails.py").write_text("import time\n\n\ndef score(images, prompts, metas):\n    time.sleep(.2)\n"
+                                "    raise KeyError\n")
+    with pytest.raises(SystemExit) as end:
+        dgpo.main([*flags(overlap=True, micro_batch=4, groups=8), "--reward", "fails.py:score"])
+    assert end.value.code == 2 and "the reward fails.py:score failed: KeyError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ends, status, words", (
     ("lambda self: data.masked('mine', torch.full((8,), torch.nan))", 2, "error: the reward mine gave NaN"),
     ("lambda self: (_ for _ in ()).throw(KeyboardInterrupt)", 1, "KeyboardInterrupt")))
@@ -554,7 +563,7 @@ def test_groups_whose_rewards_are_all_alike_can_be_left_out(module, flags):
     rows = [run(module, [*flags(groups=4, updates=1, micro_batch=4, steps=1, out=f"out-{drop}", drop_constant=drop,
                                 **more), "--reward", "half.py:score"])[1][0] for drop in (False, True)]
     assert rows[1]["grad_norm"] == pytest.approx(2 * rows[0]["grad_norm"], rel=1e-5)
-    assert rows[0]["backwards"] == 2 * rows[1]["backwards"] > 0
+    assert rows[0]["backwards"] == 2 * rows[1]["backwards"] > 0 and rows[1]["ratio"] == pytest.approx(1, abs=1e-5)
     last, rows, _ = run(module, [*flags(updates=2, out="none", drop_constant=True, **more), "--reward", "half.py:flat"])
     assert last["steps"] == 2 and rows[-1]["backwards"] == 0 == rows[-1]["grad_norm"]
 

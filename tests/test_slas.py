@@ -490,10 +490,10 @@ def test_presets(monkeypatch):
             assert (cfg.gamma, cfg.adv_clip, cfg.lr, cfg.shared_noise) == ("1", 5.0, 1e-5, True)
             dance = data.cli(grpo.Config, grpo.PRESETS, ["--preset", preset, "--model", model], grpo.METHODS)
             assert dance.reward == {"paper": reward, "official": "hpsv2"}[preset] and not dance.gold_reward
-            numbers = {("flux", "official"): (.01, .995, 16, 12, 2, 16, 9), ("flux", "paper"): (1, 0, 32, 12, 4, 25, 15),
-                       ("sd14", "official"): (1, 0, 32, 16, 2, 50, 0), ("sd14", "paper"): (1, 0, 32, 12, 1, 50, 30)}
+            numbers = {"flux": {"official": (.01, .995, 16, 12, 2, 16, 9), "paper": (1, 0, 32, 12, 4, 25, 15)},
+                       "sd14": {"official": (1, 0, 32, 16, 2, 50, 0), "paper": (1, 0, 32, 12, 1, 50, 30)}}
             assert all((c.max_grad_norm, c.ema, c.groups, c.group_size, c.updates, c.sample_steps, c.train_steps) ==
-                       numbers[model, preset] for c in (cfg, dance))
+                       numbers[model][preset] for c in (cfg, dance))
             assert cfg.reward_mix == "reward" and (dance.reward_mix, dance.adv_std) == {
                 "paper": ("advantage", "none"), "official": ("reward", "group")}[preset]
     cfg = data.cli(slas.Config, slas.PRESETS, [], slas.METHODS)

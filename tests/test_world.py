@@ -144,6 +144,8 @@ def test_prompts_from_files(tmp_path):
 @pytest.mark.parametrize("name, text, why", (
     ("a.csv", "prompt\na dog\na cat, sleeping\n", "row 2 has more cells than the header"),
     ("a.jsonl", '{"prompt": "a dog", "weight": "2"}', "row 1: a tag is a text, a weight a whole number"),
+    ("a.csv", 'prompt,weight\na dog,two', "row 1: a tag is a text, a weight a whole number"),
+    ("b.jsonl", '{"prompt": "a dog"}\n{"prompt"', "line 2, column 10"),
     ("a.jsonl", '{"prompt": "a dog", "weight": 0}', "row 1: a tag is a text, a weight a whole number"),
     ("a.jsonl", '{"prompt": "a dog", "tag": ["x"]}', "row 1: a tag is a text, a weight a whole number"),
     ("a.json", r'["a dog", "a \ud83d"]', "row 2: half of a surrogate pair")))
