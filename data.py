@@ -1354,8 +1354,9 @@ def cli(config, presets, argv=None, defaults=None):
         if values.get("gpu_memory") and "micro_batch" not in typed:    # the ratio wants the rollout's batches again
             now, world = full | values, int(os.environ.get("WORLD_SIZE", 1))
             size, share = now["group_size"], now["groups"] // max(1, now["updates"]) // world
-            typed_once = "micro_batch" in given and "gpu_memory" not in typed and now["micro_batch"] % max(1, size)
-            values["micro_batch"] = now["micro_batch"] if typed_once else next(                # and the run is resumed
+            # No plan's: typed when the run, resumed here, began.
+            kept = "micro_batch" in given and "gpu_memory" not in typed and now["micro_batch"] % max(1, size)
+            values["micro_batch"] = now["micro_batch"] if kept else next(
                 m for m in range(now["micro_batch"], 0, -1) if size % m == 0 or m % size == 0 and share * size % m == 0)
     cfg = config(**values)
     if typed.get("fused"):
@@ -1501,11 +1502,9 @@ def check(cfg, words, least, positive):
 def load_judges(cfg, run):
     """What a run is judged by: run.judges, --eval-reward and --gold-reward, and the prompts run.val and run.test."""
     import rewards
-    run.judges = rewards.judges(cfg, run.device)
     val, test = (prompts(cfg.prompts, split) for split in ("val", "test"))
     run.val, run.test = draw_prompts(val, cfg.val_images, "val"), draw_prompts(test, cfg.eval_images, "test")
-    for score in run.judges.values():
-        rewards.check(score, run.test + run.val * bool(cfg.eval_every))
+    run.judges = rewards.judges(cfg, run.device, run.test + run.val * bool(cfg.eval_every))
 
 
 def load_inputs(cfg, run):

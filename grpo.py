@@ -459,7 +459,7 @@ def train(cfg):
             if ema and run.count["updates"] % cfg.ema_every == 0:
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
-        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # these left not all groups out
+        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # updates with a group to train
         means = zip(("loss", "kl", "ratio", "clip_frac", "approx_kl"), (run.sum(logs) / made).tolist())
         run.report(len(reward), row | dict(means, grad_norm=grad_norm))
     data.finish(run, start)

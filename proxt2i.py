@@ -698,10 +698,8 @@ def train_rl(cfg):
 def sample_stage(cfg):
     """Stage sample: a sheet of pictures of validation prompts, and their score."""
     run = data.Run(cfg, "proxt2i")
-    judges = rewards.judges(cfg, run.device)
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
-    for judge in judges.values():
-        rewards.check(judge, rows)
+    judges = rewards.judges(cfg, run.device, rows)
     pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
     pipe.offload = cfg.offload
     check_model(cfg, pipe)
@@ -722,11 +720,8 @@ def compare(cfg):
     """Stage compare: what every sampler scores at every number of steps, for all models: table, CSV and pictures."""
     run = data.Run(cfg, "proxt2i")
     steps = data.counts("compare_steps", cfg.compare_steps)
-    judges = rewards.judges(cfg, run.device) | {name: rewards.load(name, device=cfg.reward_device or run.device)
-                                                for name in filter(None, cfg.compare_rewards.split(","))}
     rows = data.draw_prompts(data.prompts(cfg.prompts, "test"), cfg.eval_images, "test")
-    for judge in judges.values():
-        rewards.check(judge, rows)
+    judges = rewards.judges(cfg, run.device, rows, cfg.compare_rewards.split(","))
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:

@@ -147,10 +147,14 @@ def check(score, rows):
             reward.check(row["prompt"], row)
 
 
-def judges(cfg, device="cpu"):
-    """{name: score} of a run's --eval-reward and --gold-reward: one where they are the same or there is no gold."""
+def judges(cfg, device="cpu", rows=(), more=()):
+    """{name: score} of a run's --eval-reward and --gold-reward, one where they are the same or there is no gold, and of
+    more names. rows: the prompts that they will see; raises ValueError for one that they refuse, as `check` does."""
     device = cfg.reward_device or device
-    return {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward) if name}
+    found = {name: load(name, device=device) for name in (cfg.eval_reward, cfg.gold_reward, *more) if name}
+    for score in found.values():
+        check(score, rows)
+    return found
 
 
 def _load_one(name, weights, device):

@@ -548,7 +548,7 @@ def train(cfg):
             trust["kl"] = run.sum(kl).item() / len(trained) / run.world
             trust["bound"] = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"] * row["advantage"]["square"]
         # 5. Report
-        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # these left not all groups out
+        made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # updates with a group to train
         means = zip(("loss", "kl", "ratio", "clip_frac", "approx_kl"), (run.sum(logs) / made).tolist())
         run.report(len(reward), row | dict(means, grad_norm=grad_norm))
     data.finish(run, start)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import data
 import mixture
@@ -422,6 +423,18 @@ def test_rl_holds_the_landings_of_all_candidates(fresh, tmp_path, capsys, monkey
     assert len(seen) == 8 and set(seen) == {4, 6, 25}
     run([*line, "--hold", 0, "--out", "free"], capsys)
     assert len(seen) == 8
+
+
+def test_latents_of_another_size_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cache").mkdir()
+    samples = json.dumps([["0", "a ring"], ["1", "a star"]])
+    save_file({"0": torch.zeros(2, 3, 8, 8), "1": torch.zeros(2, 16, 32)}, "cache/0-of-1-00000.safetensors",
+              {"samples": samples})
+    Path("cache/index.json").write_text('{"files": ["0-of-1-00000.safetensors"], "skipped": {}}')
+    with pytest.raises(SystemExit) as end:
+        run(["train", "--images", "cache", "--batch", 2, "--steps", 1, "--out", "out", *SMALL], capsys)
+    assert end.value.code == 2 and "--images cache holds latents" in capsys.readouterr().err
 
 
 def saved_as(out):
