@@ -46,6 +46,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.nn                 # now: its default arguments are the group, if there is one, and keep it alive
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 

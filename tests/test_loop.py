@@ -91,13 +91,15 @@ def same(a, b):
 def test_two_processes_train_the_same_weights(module, flags, tmp_path):
     """torchrun with 2 processes and one process: float64, equal to 1e-9.
 
-    The second process comes late: it first looks at OUT when the other has made it, had that not waited.
+    The second process comes late: it first looks at OUT when the other has made it, had that not waited. The threads of
+    Gloo end before main does: one that drops a tensor while Python ends aborts the process.
     """
     settings = dict(dtype="float64", steps=3, groups=4, eval_every=2, eval_images=5)
     if module is dgpo:                                                 # each term's advantages, of all processes
         settings |= dict(reward="red:0.2,shapes-soft", reward_mix="advantage")
     late = tmp_path / "late.py"
     late.write_text(f"""import os, pathlib, time
+import torch.distributed as dist
 import {module.__name__}
 
 exists, tries = pathlib.Path.exists, list(range(60)) if "{module.__name__}" == "dgpo" else []
@@ -107,7 +109,17 @@ def slowly(path):
     return exists(path)
 if os.environ["RANK"] == "1":
     pathlib.Path.exists = slowly
+def gloo(task):
+    try:
+        return "gloo" in task.read_text()
+    except OSError:                                                    # that thread has just ended
+        return False
+def threads():
+    return sum(map(gloo, pathlib.Path("/proc/self/task").glob("*/comm")))
+counts, destroy = [], dist.destroy_process_group
+dist.destroy_process_group = lambda: (counts.append(threads()), destroy(), counts.append(threads()))
 {module.__name__}.main()
+assert counts[0] > 0 == counts[1], counts
 """)
     two = process(late, flags(out="two", **settings), torchrun=True)
     _, rows, one = run(module, flags(out="one", **settings))
