@@ -350,8 +350,9 @@ def check_same(op, dtypes=True, **tensors):
 
 def compiled(x):
     """Whether the compiled op takes a tensor like x. In torch.func's transforms and in forward mode the twins do it."""
-    return lib is not None and wanted and x.device.type in devices and (torch.compiler.is_compiling() or not (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()))
+    return lib is not None and wanted and (x.is_cpu or x.is_cuda and "cuda" in devices) and (
+        torch.compiler.is_compiling() or not (
+            forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()))
 
 
 def call(op, *args):
