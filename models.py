@@ -23,6 +23,7 @@ Times t are flow times in [0, 1], 1 = noise, but for the DDPM steps n of UNet. S
 tokens, N image tokens, D width.
 """
 import argparse
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -101,10 +102,10 @@ def refuse_pickle(file):
 def read_tensors(files, want, rename=lambda key: key, ignore=(), prefixes=(), optional=()):
     """Yield (name, tensor) from memory-mapped safetensors files: exactly the names and shapes of the dict `want`.
 
-    rename maps a file's key to a name; keys that end in one of `ignore` are skipped. A file that has one of `prefixes`
-    holds other networks too: only keys that begin so are read. Names in `optional` may be missing. Raises
-    FileNotFoundError, or ValueError naming the damaged file or the first tensor that is unexpected, wrongly shaped or
-    missing.
+    rename maps a file's other keys, old names of the same tensors, to a name; keys that end in one of `ignore` are
+    skipped. A file that has one of `prefixes` holds other networks too: only keys that begin so are read. Names in
+    `optional` may be missing. Raises FileNotFoundError, or ValueError naming the damaged file or the first tensor that
+    is unexpected, wrongly shaped or missing.
     """
     missing = dict.fromkeys(name for name in want if name not in optional)
     for file in files:
@@ -115,7 +116,8 @@ def read_tensors(files, want, rename=lambda key: key, ignore=(), prefixes=(), op
             for key in keys:
                 if not key.startswith(prefix):
                     continue
-                name = rename(key.removeprefix(prefix))
+                name = key.removeprefix(prefix)
+                name = name if name in want else rename(name)
                 if name not in want and key.endswith(tuple(ignore)):
                     continue
                 if name not in want:
@@ -145,13 +147,12 @@ def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
     if name is not None and name not in cls.public_names:
         raise ValueError(f"{directory}/config.json describes a {name}, not a {' or '.join(cls.public_names)}: is it "
                          f"another part of the pipeline?")
-    with torch.device("meta"):                                        # shapes without memory
-        net = cls(**config)
-    want = net.state_dict()
-
-    def rename(key):
-        return key if key in want else cls.rename(key)                # old names of the same tensors
-    tensors = read_tensors(weight_files(directory), want, rename, cls.ignore)
+    try:
+        with torch.device("meta"):                                    # shapes without memory
+            net = cls(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
+    tensors = read_tensors(weight_files(directory), net.state_dict(), cls.rename, cls.ignore)
     net.load_state_dict({name: tensor.to(device, copy=True).to(dtype) for name, tensor in tensors}, assign=True)
     return net.eval().requires_grad_(False)
 
@@ -159,8 +160,9 @@ def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
 def save_pretrained(net, directory, dtype=None):
     """Write config.json and the weights so that `from_pretrained`, diffusers and transformers read them.
 
-    Raises ValueError for a network with a LoRA, which these files have no place for.
+    Raises ValueError for a network with a LoRA, which these files have no place for, and for a full disk.
     """
+    import data
     if lora_layers(net):
         raise ValueError(f"{directory}: the network has a LoRA, which save_pretrained would lose: call save_lora")
     directory, state = Path(directory), {}
@@ -172,8 +174,25 @@ def save_pretrained(net, directory, dtype=None):
     if not first:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(state, directory / f"{net.file_name}.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(net.config, indent=2) + "\n")
+    write_tensors(directory / f"{net.file_name}.safetensors", state)
+    data.write_atomic(directory / "config.json", (json.dumps(net.config, indent=2) + "\n").encode())
+    for old in (f"{net.file_name}.safetensors.index*.json", f"{net.file_name}-*-of-*.safetensors"):
+        for file in directory.glob(old):                              # shards that were here would be read first
+            file.unlink()
+
+
+def write_tensors(path, state):
+    """Write a safetensors file, so that a kill leaves the old one or the new one; ValueError for a full disk, say."""
+    new = Path(f"{path}.{uuid.uuid4().hex}")                          # another process may write too
+    try:
+        save_file(state, new, metadata={"format": "pt"})
+        with open(new, "rb") as f:
+            os.fsync(f.fileno())                                      # whole even if the power fails
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -1252,18 +1271,27 @@ class CLIPTokenizer:
                                     f"tokenizer.json")
         options = dict(unk_token="<|endoftext|>", end_of_word_suffix="</w>")
         if absent:
-            vocab, model = both, read_json(both).get("model") or {}
+            vocab, merges, model = both, both, read_json(both).get("model") or {}
             if not {"vocab", "merges"} <= model.keys():
                 raise ValueError(f"{both} holds no byte-pair model of vocab and merges: it is another tokenizer's file")
-            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-            self.core = Tokenizer(models.BPE(model["vocab"], pairs, **options))
+            table, pairs = model["vocab"], model["merges"]
         else:
-            self.core = Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
+            table, lines = read_json(vocab), merges.read_text(encoding="utf-8").splitlines()
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
+        try:
+            self.core = Tokenizer(models.BPE(table, pairs, **options))
+        except Exception as error:                                    # the library raises nothing more precise
+            raise ValueError(f"{vocab} or {merges} is damaged ({error}): download both again") from None
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token") or end
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.length = int(min(config.get("model_max_length") or 77, 77))                 # transformers' for none: 1e30
+        made = {"".join(pair) for pair in pairs}                      # of half a file: prompts would be read by letters
+        for token in table:
+            if len(token.removesuffix("</w>")) > 1 and token not in made and not token.startswith("<"):
+                raise ValueError(f"{merges} is damaged, nothing in it makes {token!r}: download it again")
         for token in (start, end, pad):
             if self.core.token_to_id(token) is None:
                 raise ValueError(f"{vocab}: the special token {token!r} is missing: this is another tokenizer's file")
@@ -1402,11 +1430,10 @@ def original_names(net):
         pattern = re.compile(ours.replace(".", r"\.").replace("#", r"(\d+)") + r"(\.weight|\.bias|)")
         for match in filter(None, map(pattern.fullmatch, net.state_dict())):
             *numbers, end = match.groups()
-            key = theirs + end
-            for i in numbers:
-                slot = re.search("-?#", key)[0]                                          # -# only in the VAE
-                key = key.replace(slot, i if slot == "#" else f"{len(net.decoder.up_blocks) - 1 - int(i)}", 1)
-            names.setdefault(key, []).append(match[0])
+            turn = map(int, numbers)                                                     # -# only in the VAE
+            key = re.sub("-?#", lambda slot: str(next(turn) if slot[0] == "#" else
+                                                 len(net.decoder.up_blocks) - 1 - next(turn)), theirs)
+            names.setdefault(key + end, []).append(match[0])
     return names
 
 
@@ -1437,10 +1464,7 @@ def from_single_file(cls, file, config, dtype=torch.float32, device="cpu", prefi
     swapped = {f"{name}.linear" for name, module in net.named_modules()
                if isinstance(module, Modulation) and module.parts == 2}
     state = {name: torch.eye(*ours[name].shape, dtype=dtype, device=device) for name in optional}
-
-    def rename(key):
-        return key if key in want else cls.rename(key)                # old names of the same tensors
-    for key, tensor in read_tensors([file], want, rename, ignore, prefixes or ORIGINAL[cls][0], optional):
+    for key, tensor in read_tensors([file], want, cls.rename, ignore, prefixes or ORIGINAL[cls][0], optional):
         if names[key][0].rpartition(".")[0] in swapped:
             tensor = tensor.roll(len(tensor) // 2, dims=0)            # (shift, scale) -> (scale, shift)
         for name, part in zip(names[key], tensor.split([len(ours[name]) for name in names[key]])):
@@ -1575,11 +1599,7 @@ class TextToImage:
                 raise ValueError(f"{file} is damaged ({error}): delete it, the next run encodes it again") from None
         parts = self.encode([prompt])
         if file:
-            new = file.with_suffix(f".{uuid.uuid4().hex}")                               # another process may write too
-            save_file({str(i): part.cpu().contiguous() for i, part in enumerate(parts)}, new)
-            with open(new, "rb") as f:
-                os.fsync(f.fileno())                                                     # whole even if the power fails
-            os.replace(new, file)
+            write_tensors(file, {str(i): part.cpu().contiguous() for i, part in enumerate(parts)})
         return parts
 
     @torch.no_grad()
@@ -1653,17 +1673,22 @@ class TextToImage:
             raise ValueError(f"resolution={size} is more than {most}, the side of the checkpoint's position table")
         return self.net.channels, size // factor, size // factor
 
+    def _suited(self, flag, kind, *flow):
+        """kind, or where it is empty ddim for DDPM steps and else flow[0]; ValueError for one of the other sort."""
+        kind = kind or ("ddim" if self.ddpm else flow[0])
+        if (kind == "ddim") != self.ddpm:
+            knows, suits = ("DDPM steps", "ddim") if self.ddpm else ("flow times", " or ".join(flow))
+            raise ValueError(f"--{flag} {kind} does not suit {self.family}, whose network knows {knows}: try --{flag} "
+                             f"{suits}")
+        return kind
+
     def times(self, steps, kind="", shift=0.0, resolution=None):
         """The sampler's times by `schedule`; kind "" is linear (ddim for DDPM steps), shift 0 the checkpoint's own.
 
         Raises ValueError for a kind that does not suit the network: ddim gives DDPM steps, the others flow times; and
         for a shift of DDPM steps.
         """
-        kind = kind or ("ddim" if self.ddpm else "linear")
-        if (kind == "ddim") != self.ddpm:
-            raise ValueError(f"--schedule {kind} does not suit {self.family}: " + (
-                "its network knows DDPM steps; try --schedule ddim" if self.ddpm else
-                "its network knows flow times; try --schedule linear"))
+        kind = self._suited("schedule", kind, "linear")
         if shift and self.ddpm:
             raise ValueError(f"--shift {shift:g} does not suit {self.family}: DDPM steps have none; leave it away")
         if not shift and self.family == "flux" and not self.shift:
@@ -1672,19 +1697,12 @@ class TextToImage:
 
     def solver(self, name=""):
         """The ODE solver's name; empty: ddim for a DDPM network, else euler. ValueError for one that cannot be."""
-        name = name or ("ddim" if self.ddpm else "euler")
-        if (name == "ddim") != self.ddpm:
-            only = "ddim" if self.ddpm else "euler or dpm"
-            raise ValueError(f"--solver {name} does not suit {self.family}: try --solver {only}")
-        return name
+        return self._suited("solver", name, "euler", "dpm")
 
     def sde(self, kind="", noise_level=0.0):
         """The kind of stochastic step; empty: ddim for a DDPM network, else flow. ValueError for one that cannot be, or
         for more noise than it can have."""
-        kind = kind or ("ddim" if self.ddpm else "flow")
-        if (kind == "ddim") != self.ddpm:
-            only = "ddim" if self.ddpm else "flow, dance or cps"
-            raise ValueError(f"--sde {kind} does not suit {self.family}: try --sde {only}")
+        kind = self._suited("sde", kind, "flow", "dance", "cps")
         if self.ddpm and noise_level > 1:
             raise ValueError(f"--noise-level {noise_level} is DDIM's eta on {self.family}: 1 is DDPM's own noise, and "
                              f"more has no mean; try 1")
@@ -1852,9 +1870,8 @@ def family(model, weights=""):
     """sd3, flux, sd14 or uvit of a name or a directory, by its model_index.json alone; None where there is none."""
     if model in CONFIGS:
         return FAMILIES[CONFIGS[model][0]][0]
-    directory = Path(weights or SHIPPED.get(model, model))
     try:
-        name = read_json((directory.parent if directory.is_file() else directory) / "model_index.json")["_class_name"]
+        name = read_json(locate(model, weights)[1] / "model_index.json")["_class_name"]
     except (OSError, ValueError, KeyError):
         return None
     return FAMILIES.get(name, (None,))[0]
@@ -1862,7 +1879,8 @@ def family(model, weights=""):
 
 def locate(model, weights=None):
     """(original single file or None, directory) of a name or a directory. They need not exist."""
-    path = Path(weights or SHIPPED.get(model) or (model if Path(model).is_dir() else HERE / "weights" / model))
+    given = model not in CONFIGS and Path(model).is_dir()             # ./flux beside weights/flux is written ./flux
+    path = Path(weights or SHIPPED.get(model) or (model if given else HERE / "weights" / model))
     return (path, path.parent) if path.is_file() else (None, path)
 
 
@@ -2165,13 +2183,14 @@ def load_lora(net, file):
     file's, on its layers and at its rank. Raises as `lora_file`, `lora_file_scale`, `add_lora` and `read_tensors` do,
     and ValueError where the ranks differ.
     """
-    file, end = lora_file(file), ".lora_A.weight"
+    file, end, bare = lora_file(file), ".lora_A.weight", not lora_layers(net)
+    refuse_pickle(file)
     scale = lora_file_scale(file)
 
     def rename(key):
         key = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")    # diffusers' scripts for SD1
         return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
-    if not lora_layers(net):
+    if bare:
         with safe_open(file, framework="pt") as tensors:
             ranks = {rename(key).removesuffix(end): tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
                      if rename(key).endswith(end)}
@@ -2185,8 +2204,15 @@ def load_lora(net, file):
     layers = lora_layers(net)
     want = {f"{name}.{part}.weight": getattr(module, part)
             for name, module in layers.items() for part in ("lora_A", "lora_B")}
+    try:
+        found = dict(read_tensors([file], want, rename))
+    except (OSError, ValueError):
+        for module in layers.values() if bare else ():                # as it was
+            module.__class__ = nn.Linear
+            del module.lora_A, module.lora_B
+        raise
     with torch.no_grad():
-        for name, tensor in read_tensors([file], want, rename):
+        for name, tensor in found.items():
             want[name].copy_(tensor)
         for module in layers.values():
             module.lora_B *= scale / module.lora_scale
@@ -2371,16 +2397,23 @@ TINY_TEXT = dict(hidden_size=128, intermediate_size=512, projection_dim=128, num
 
 
 def train_tokenizer(words, directory, length):
-    """Make a CLIP tokenizer with one token for each of `words`; write CLIP's files. Returns the vocabulary's size."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Make a CLIP tokenizer with one token for each of `words`; write CLIP's files. Returns the vocabulary's size.
+
+    Byte-pair encoding, the most frequent pair first, of equals the first by name: the library's trainer breaks ties
+    by chance, and a pretraining that goes on needs the same tokens. Source: Sennrich et al., arXiv:1508.07909.
+    """
+    from tokenizers import pre_tokenizers
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>",
-                                                       show_progress=False))
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    found = [word for text in words for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)]
+    parts, merges = [[*word[:-1], word[-1] + "</w>"] for word in found], []
+    while pairs := collections.Counter(pair for part in parts for pair in itertools.pairwise(part)):
+        merges.append(best := min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for part in parts:
+            for i in range(len(part) - 1):
+                if tuple(part[i:i + 2]) == best:                       # part has got shorter: past its end, no match
+                    part[i:i + 2] = ["".join(best)]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]           # the end has the largest id
     (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
@@ -2413,8 +2446,11 @@ def pretrain(args):
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))]
     ema, first, file = [p.detach().clone() for p in both.parameters()], 0, Path(args.state)
+    settings = {name: getattr(args, name) for name in ("seed", "images", "batch", "lr")}
     if file.is_file():
         state = torch.load(file, map_location=device, weights_only=True)
+        if state.get("settings", settings) != settings:
+            raise ValueError(f"--state {file} is of a run with {state['settings']}: choose another, or delete it")
         both.load_state_dict(state["net"])
         ema, first = state["ema"], state["step"]
         for opt, value in zip(optimizers, state["optimizers"]):
@@ -2423,7 +2459,7 @@ def pretrain(args):
     def save(step):
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"net": both.state_dict(), "ema": ema, "optimizers": [opt.state_dict() for opt in optimizers],
-                    "step": step}, f"{file}.new")
+                    "step": step, "settings": settings}, f"{file}.new")
         os.replace(f"{file}.new", file)
 
     def velocity(x_t, t, ids):
@@ -2485,7 +2521,9 @@ def main():
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: x 1.3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    pretrain(parser.parse_args())
+    import data
+    with data.exit_codes():
+        pretrain(parser.parse_args())
 
 
 if __name__ == "__main__":

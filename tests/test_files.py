@@ -427,6 +427,24 @@ def test_clip_ids_from_tokenizer_json_are_the_same(pad, tmp_path):
     assert CLIPTokenizer(tmp_path / "one")(TEXTS).tolist() == expected
 
 
+TOKENIZER_DAMAGES = {                                                 # what is left of each file's text
+    "vocab cut off": ("vocab.json", lambda text: text[:300]), "vocab empty": ("vocab.json", lambda text: ""),
+    "merges cut in a line": ("merges.txt", lambda text: text.rstrip("\n")[:-2]),
+    "merges cut at a line": ("merges.txt", lambda text: "".join(text.splitlines(keepends=True)[:9])),
+    "merges empty": ("merges.txt", lambda text: ""),
+    "a pointer": ("merges.txt", lambda text: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")}
+
+
+@pytest.mark.parametrize("name", TOKENIZER_DAMAGES)
+def test_a_damaged_clip_tokenizer_is_an_error_that_names_the_file(name, tmp_path):
+    """Half of the merges would make another prompt of every prompt."""
+    models.train_tokenizer(WORDS, tmp_path, 24)
+    file, left = TOKENIZER_DAMAGES[name]
+    (tmp_path / file).write_text(left((tmp_path / file).read_text()))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / file))}.* damaged.*download"):
+        CLIPTokenizer(tmp_path)
+
+
 def unigram():
     """A small vocabulary in T5's order: <pad>, </s>, <unk>, pieces, extra ids from the last to the first."""
     tokenizer = Tokenizer(tokenizer_models.Unigram())

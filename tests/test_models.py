@@ -13,6 +13,7 @@ import torch
 import transformers
 from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline)
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,37 @@ def test_mmdit_reads_shards(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     inputs = mmdit_inputs(SD35M)
     assert_equal(MMDiT.from_pretrained(tmp_path)(*inputs), diffusers_forward(theirs, *inputs))
+
+
+def test_what_is_saved_over_shards_is_what_is_read(tmp_path):
+    saved_mmdit(tmp_path, max_shard_size="100KB")
+    net = MMDiT.from_pretrained(tmp_path)
+    net.proj_out.bias.data.fill_(7)
+    net.save_pretrained(tmp_path)
+    assert MMDiT.from_pretrained(tmp_path).proj_out.bias.eq(7).all() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path, monkeypatch):
+    net = MMDiT(**SD35M)
+    net.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(state, file, **options):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+    monkeypatch.setattr(models, "save_file", full)
+    with pytest.raises(ValueError, match=r"cannot write .*diffusion_pytorch_model\.safetensors: No space left"):
+        net.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", ('"layer_norm"', "7", "null, \"num_layers\": null"))
+def test_a_config_that_cannot_be_built_is_named(value, tmp_path):
+    MMDiT(**SD35M).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | json.loads(f'{{"qk_norm": {value}}}')
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: "):
+        MMDiT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("options", ({}, {"max_shard_size": "100KB"}), ids=("one file", "shards"))
@@ -598,6 +630,19 @@ def test_a_directory_of_another_family_than_the_names_is_refused(name, holds):
     assert models.load("uvit" if holds == "UViT" else "sd35m", directory).family == models.family(str(directory))
 
 
+def test_where_a_name_is_looked_for(tmp_path, monkeypatch):
+    """A public model's name is weights/NAME, whatever else is called so; another name is a folder, or weights/NAME."""
+    monkeypatch.setattr(models, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("flux", "own", "weights/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "weights/mine/model_index.json").write_text('{"_class_name": "UViTPipeline"}')
+    assert models.locate("flux") == (None, tmp_path / "weights" / "flux")
+    assert models.locate("./flux") == (None, Path("flux")) and models.locate("own") == (None, Path("own"))
+    assert models.locate("mine") == (None, tmp_path / "weights" / "mine") and models.family("mine") == "uvit"
+    assert models.family("tiny") == "sd3" and models.family("own") is None is models.family("nowhere")
+
+
 # ============================================================================================================ schedules
 
 STEPS = pytest.mark.parametrize("steps", (1, 4, 10, 28, 40))
@@ -873,6 +918,22 @@ LORA_DAMAGES = {
     "unexpected": (lambda file: edit_tensors(file, lambda s: s.update({"transformer.x.lora_A.weight": torch.ones(1)})),
                    ValueError, r"unexpected tensor transformer\.x\.lora_A\.weight"),
     "another rank": (lambda file: edit_tensors(file, other_rank), ValueError, r"lora_[AB]\.weight is .*2.*4")}
+
+
+def test_a_lora_that_cannot_be_read_leaves_the_network_as_it_was(tmp_path):
+    ours, _ = lora_pair(tmp_path)
+    models.save_lora(ours, tmp_path / "lora.safetensors")
+    edit_tensors(tmp_path / "lora.safetensors", lambda state: state.pop(f"transformer.{LORA_B}"))
+    bare, before = MMDiT.from_pretrained(tmp_path), [p.clone() for p in ours.parameters()]
+    names = list(bare.state_dict())
+    for net in (bare, ours):
+        with pytest.raises(ValueError, match="is missing"):
+            models.load_lora(net, tmp_path / "lora.safetensors")
+    assert not models.lora_layers(bare) and list(bare.state_dict()) == names
+    assert all(map(torch.equal, ours.parameters(), before))
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
+        models.load_lora(bare, tmp_path / "adapter_model.bin")
 
 
 @pytest.mark.parametrize("name", LORA_DAMAGES)

@@ -424,7 +424,7 @@ def test_small_encoders_are_kept_and_large_ones_have_a_folder(saved, tmp_path, m
 
 
 def test_a_killed_writer_leaves_no_broken_file(saved, tmp_path, monkeypatch):
-    """A file has its name only once it is whole; the next run writes the rest."""
+    """A file has its name only once it is whole, and a part of one does not stay; the next run writes the rest."""
     def killed(state, file, **options):
         save_file(state, file, **options)
         Path(file).write_bytes(Path(file).read_bytes()[:-7])
@@ -433,7 +433,7 @@ def test_a_killed_writer_leaves_no_broken_file(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         pipe.prepare(PROMPTS, tmp_path)
-    assert not list(tmp_path.rglob("*.safetensors")) and len(files(tmp_path)) == 1
+    assert not files(tmp_path)
     monkeypatch.undo()
     pipe.prepare(PROMPTS, tmp_path)
     for file in tmp_path.rglob("*.safetensors"):

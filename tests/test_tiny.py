@@ -1,4 +1,7 @@
-"""The shipped tiny model: its size, its layout, and how well it paints and listens."""
+"""The shipped tiny model: its size, its layout, how it is made, and how well it paints and listens."""
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -33,6 +36,34 @@ def test_fits_and_is_read_by_the_public_library():
 def test_every_word_of_the_world_is_one_token():
     ids = models.load("tiny").tokenizers[0](data.WORLD_WORDS)
     assert ((ids != ids[0, -1]).sum(1) == 2).all()                     # the start and the word; the rest is padding
+
+
+def test_pretraining_goes_on_from_its_own_state_alone(tmp_path):
+    """Two steps in two parts are two steps in one, bit for bit; with another seed the state is refused in a line."""
+    def pretrain(out, state, *flags, **more):
+        line = ["pretrain", "--out", out, "--state", state, "--images", 16, "--batch", 8, "--save-every", 1, *flags]
+        return subprocess.run([sys.executable, *more.get("how", [models.__file__]), *map(str, line)], cwd=tmp_path,
+                              text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(TINY.parents[1])})
+    (tmp_path / "killed.py").write_text("""import os
+import models
+
+replace = os.replace
+def once(new, file):                                                   # the first state is the last thing it does
+    replace(new, file)
+    os._exit(9)
+os.replace = once
+models.main()
+""")
+    assert pretrain("one", "one.pt").returncode == 0
+    assert pretrain("two", "two.pt", how=["killed.py"]).returncode == 9
+    assert torch.load(tmp_path / "two.pt")["step"] == 1 and pretrain("two", "two.pt").returncode == 0
+    one, two = ({file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+                for folder in (tmp_path / "one", tmp_path / "two"))
+    assert one == two and len(one) == 9
+    done = pretrain("three", "two.pt", "--seed", "1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--state two.pt is of a run with" in done.stderr
+    pipe = models.load(str(tmp_path / "two"))
+    assert pipe.net.config == models.load("tiny").net.config
 
 
 def test_a_good_painter_with_middling_obedience():
