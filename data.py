@@ -46,7 +46,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.nn                 # now: its default arguments are the group, if there is one, and keep it alive
+import torch.distributed.nn               # now: its default arguments are the group, if there is one, and keep it alive
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -667,7 +667,8 @@ def find_shards(paths):
                 shards += [(str(file), str(file.relative_to(path).with_suffix("")), None)
                            for file in sorted(path.rglob("*")) if file.suffix[1:].lower() in KINDS]
     if not shards:
-        raise ValueError(f"no images at {paths}: name .tar files, a folder of them, a folder of images, or a pattern")
+        raise ValueError(f"no images at {paths}: name .tar files, a folder or a pattern of them, or a folder of "
+                         f"images")
     return shards
 
 
@@ -891,7 +892,7 @@ class Images(Stream):
         if key is None:
             for raw in read_tar(path, lambda name, reason: self.drop(f"{path}/{name}".rstrip("/"), reason), start):
                 yield f"{path}/{raw[0]}", raw
-        elif unsafe(key):
+        elif caption is not None and unsafe(key):                      # a name that metadata.jsonl gives
             self.drop(path, "unsafe path")
         elif start == 0:
             file = pathlib.Path(path)
@@ -1525,6 +1526,15 @@ def load_inputs(cfg, run):
     return Scoring(run, score), rows
 
 
+def loaded(cfg, run):
+    """The pipeline of a run that trains nothing."""
+    import models
+    pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None,
+                       cfg.text_length or None)
+    pipe.offload = cfg.offload
+    return pipe
+
+
 def load_policy(cfg, run, fresh=False):
     """The pipeline of a run and its trained parameters: a LoRA's, or all of the network's in float32.
 
@@ -1644,6 +1654,14 @@ def join(device=None, alone=False):
     return rank, world, device
 
 
+def refuse_taken(out):
+    """Raise ValueError for an OUT that holds a run already, or anything else."""
+    begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
+    if begun:
+        what = "a run: continue it by --resume" if "config.json" in begun else f"{min(begun)}, no run: empty it"
+        raise ValueError(f"{out} already holds {what}, or choose another --out")
+
+
 class Run:
     """One run on one process: its place among the processes, its folder, its clock, its counters, its last checkpoint.
 
@@ -1715,14 +1733,9 @@ class Run:
                 dist.all_gather_object(steps, state["count"]["step"] if state else None)
                 if len(set(steps)) > 1:
                     raise ValueError(f"{out / file} is of steps {steps} as the processes see it: do they share a disk?")
-        self._refuse_taken(out)
+        if not self.cfg.resume:
+            refuse_taken(out)
         return out, state
-
-    def _refuse_taken(self, out):
-        begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
-        if begun and not self.cfg.resume:
-            what = "a run: continue it by --resume" if "config.json" in begun else f"{min(begun)}, no run: empty it"
-            raise ValueError(f"{out} already holds {what}, or choose another --out")
 
     def begin(self, pipe, sample, params, ema, opt, rows=(), stream=None):
         """Once all inputs are known to be good: make OUT, or go on from its last checkpoint.
@@ -1765,7 +1778,8 @@ class Run:
                     self.say(f"out: {self.out}")
                 if not self.cfg.resume:
                     self._lock(self.out)
-                self._refuse_taken(self.out)
+                if not self.cfg.resume:
+                    refuse_taken(self.out)
                 (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
                 raise ValueError(f"cannot make --out {self.out}: {error.strerror}") from None
@@ -1822,6 +1836,8 @@ class Run:
             yield self.count["step"]
             self.bar.update()
         self.bar.close()
+        if total and self.count["step"] < total and not self.stopping:
+            self.say(f"--minutes {self.cfg.minutes:g} are over, after {self.count['step']} of --steps {total}")
 
     def done(self):
         """Is it time to end: all steps, the minutes used up (after a step), or a signal? The same on every process."""
@@ -1884,6 +1900,11 @@ class Run:
         most, first = max(1, self.cfg.micro_batch // group_size), self.rank * mine
         return [(slice(g * group_size, min(g + most, mine) * group_size), range(first + g, first + min(g + most, mine)))
                 for g in range(0, mine, most)]
+
+    def pieces(self, chunks):
+        """What a rollout has at once of its chunks, as slices: in bf16 a result depends on the batch's size."""
+        size = self.cfg.micro_batch
+        return [slice(i, min(i + size, s.stop)) for s, _ in chunks for i in range(s.start, s.stop, size)]
 
     def portions(self, update, kept=None):
         """The images of one of the updates, which share out whole groups, micro_batch at once: their indices in this
@@ -2088,7 +2109,7 @@ class Run:
         opt.load_state_dict(state["opt"])
         for key in ("params", "ema", "opt"):                          # weights that nobody needs twice
             self.state.pop(key, None)
-        if stream is not None:
+        if stream is not None and any(state["places"]):                # none: the tiny world's, a function of the step
             if len(state["places"]) != self.world:
                 raise ValueError(f"--resume: the place in the data was saved by {len(state['places'])} processes, now "
                                  f"there are {self.world}: use as many")
@@ -2283,6 +2304,22 @@ def check_cached(spec, found, wanted):
     if found != wanted:
         raise ValueError(f"--images {spec} holds latents and text features of shapes {found}, and this model wants "
                          f"{wanted}: encode the images for it, at its --resolution")
+
+
+@torch.no_grad()
+def encoded(run, batch, null, dropped):
+    """A batch of run.stream as the network takes it: latents x_0 (B, C, H, W) and [(B, L, D)], text features.
+
+    null: an empty caption's features, which those that are dropped, (B,) bool, get for theirs.
+    """
+    cfg, (images, *captions) = run.cfg, batch                          # (B, 3, H, W) in [0, 1], B strings; or latents
+    if not run.stream.cached:
+        ctx = run.pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions[0])])
+        return run.pipe.encode_images(images.to(run.device)).to(wide(cfg.dtype)), ctx
+    check_cached(cfg.images, [tuple(x.shape[1:]) for x in batch],
+                 [run.pipe.latent_shape(cfg.resolution), *(tuple(n.shape[1:]) for n in null)])
+    empty = dropped[:, None, None].to(run.device)
+    return images.to(run.device, wide(cfg.dtype)), [torch.where(empty, n, c.to(n)) for n, c in zip(null, captions)]
 
 
 def training_stream(spec, size, rank, world, batch, seed):
@@ -2699,6 +2736,18 @@ def finish(run, start):
         dist.destroy_process_group()
 
 
+def painted(run, sample, pipe, rows, judges, title):
+    """What the rows' prompts score, as `evaluate` says, logged and printed; samples/sample.png of the first."""
+    cfg, file = run.cfg, run.out / "samples" / "sample.png"
+    row, shown = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval), [row["prompt"] for row in rows[:12]]
+    images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
+    if run.rank == 0:
+        picture(file, [images], shown, [title])
+    run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of {title}: {file}")
+    run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
+    last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None})
+
+
 def last_line(run, row, seconds=None):
     """The JSON object that ends what a script prints. seconds: of the run; None: up to now."""
     if run.rank == 0:
@@ -2708,11 +2757,24 @@ def last_line(run, row, seconds=None):
                           "images": count["images"], "seconds": round(seconds, 1), "out": str(run.out)}), flush=True)
 
 
-def comparison(run, table, steps):
-    """Print what each sampler scores at each number of steps; write compare.csv and samples/curves.png.
+def comparison(run, sample, lines, steps, rows, judges):
+    """What each line's sampler scores at each number of steps: printed, compare.csv, samples/curves.png, compare.png.
 
-    table: {reward: {(name, steps): score}}.
+    lines: (name, Config, pipeline) of each; sample, rows, judges: as `evaluate` takes them.
     """
+    table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
+    with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
+        for name, cfg, pipe in lines:
+            for n in steps:
+                cfg = dataclasses.replace(cfg, eval_steps=n)
+                row = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
+                for reward in judges:
+                    table[reward][name, n] = row["eval"] if reward == cfg.eval_reward else (
+                        row["eval_gold"] if reward == cfg.gold_reward else row["others"][reward])
+                if n in (min(steps), 10) and "guidance" not in name:
+                    grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval))
+                    titles.append(f"{name} {n}")
+                bar.update()
     names = list(dict.fromkeys(name for values in table.values() for name, _ in values))
     text = [line for reward, values in table.items() for line in (
         [reward, *steps], *([name, *(f"{values[name, n]:.3f}" for n in steps)] for name in names))]
@@ -2723,7 +2785,10 @@ def comparison(run, table, steps):
         chart(run.out / "samples" / "curves.png", {
             f"{reward} against steps": {name: [[(n, values[name, n]) for n in steps]] for name in names}
             for reward, values in table.items()}, steps)
+        picture(run.out / "samples" / "compare.png", grids, shown, titles)
     run.say("\n".join(f"{line[0]:>32}" + "".join(f"{word:>9}" for word in line[1:]) for line in text))
+    run.say(f"{len(rows)} test images, guidance {run.cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
+    last_line(run, {"eval_before": None, "eval_after": None})
 
 
 # =====================================================================================================================

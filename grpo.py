@@ -33,7 +33,7 @@ class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
     weights: str = ""                   # its directory or original single file, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
-    method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
+    method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, never a KL, one noise a group
     preset: str = ""                    # tiny, paper, official (released runs: Flow-GRPO's, DanceGRPO's)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
@@ -178,7 +178,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
-    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, for flow-grpo. Three forms:
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, read by flow-grpo. Forms:
     gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
     flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
     velocity   |v - v_ref|^2                           DGPO's
@@ -390,7 +390,7 @@ def train(cfg):
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
-    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: std has no dt in it
+    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: no dt in std to undo
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
@@ -408,7 +408,7 @@ def train(cfg):
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
-        window = range(first, first + length)                          # a window leaves out the last step, see below
+        window = range(first, first + length)                          # a shorter one leaves out the last step
         chunks, parts = run.chunks(cfg.group_size), []
         for s, groups in chunks:                                       # one is scored while the next is sampled
             parts.append(rollout(pipe, [c[s] for c in ctx], null, ts, window, cfg, step, groups))

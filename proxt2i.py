@@ -40,7 +40,6 @@ from pathlib import Path
 
 import data                             # first: torch's threads read how long to wait
 import torch
-from tqdm import tqdm
 
 import models
 import rewards
@@ -150,18 +149,19 @@ class Config:
             raise ValueError("--scheme pda: the chain of Eq. (7) is the hybrid scheme's; rl wants --scheme hybrid")
         if self.stage == "train" and self.lora_rank:
             raise ValueError(f"--lora-rank {self.lora_rank}: train makes all weights anew: --lora-rank 0, or finetune")
-        for name in ("lora_rank", "compile", "fsdp", "merge_lora"):
+        for name in FOR_TRAINING:
             if self.stage in ("sample", "compare") and getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for training: {self.stage} has no use for it")
         if not all(math.isfinite(data.number(word)) for word in filter(None, self.compare_cfg.split(","))):
             raise ValueError(f"--compare-cfg {self.compare_cfg!r}: guidance scales, a comma between, as 1,3")
         if (self.fsdp or self.lora_rank) and self.optimizer == "muon" and self.stage in ("train", "finetune"):
             raise ValueError("--optimizer muon is for whole matrices, not for shards or a LoRA: --optimizer adamw")
-        if self.scheme == "pda" and self.stage in ("train", "finetune"):
+        if self.scheme == "pda" and self.method == "prox" and self.stage in ("train", "finetune"):
             for n in data.counts("candidates", self.candidates):
                 pda_lambdas(n)
 
 
+FOR_TRAINING = dict(lora_rank=0, compile=False, fsdp=False, merge_lora=False)
 HOLD_EVERY = 4                              # images 0, 4, ... of each group hold the last landing, Eq. (10)
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and the method of the networks that they take;
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}   # sde-mean: the last noise left out
@@ -213,9 +213,8 @@ def pda_lambdas(n):
     """PDA's lambda = gamma / (1 - gamma/2) of n uniform steps, from t = 1 down. Raises ValueError where gamma >= 2."""
     gammas = [beta_integral(k / n, (k + 1) / n) for k in reversed(range(n))]
     if gammas[0] >= 2:
-        least = next(m for m in range(n, 1000) if beta_integral(1 - 1 / m, 1.0) < 2)
         raise ValueError(f"{n} steps of PDA: gamma of the first is {gammas[0]:.2f}, and Eq. (5) divides by 1 - "
-                         f"gamma/2: gamma < 2 takes {least} steps or more; the hybrid scheme takes any number")
+                         f"gamma/2: gamma < 2 takes 10 steps or more; the hybrid scheme takes any number")
     return [gamma / (1 - gamma / 2) for gamma in gammas]
 
 
@@ -294,8 +293,7 @@ def pda_hybrid_step(prox, x, t_next, gamma, eps):
 def pda_step(prox, x, t_next, gamma, eps):
     """One step of PDA, Eq. (5): y = (x + sqrt(gamma) eps) / (1 - gamma/2), x_next = prox(y; t_next, lam).
 
-    lam = gamma / (1 - gamma/2). Arguments and results as in pda_hybrid_step. Raises ValueError for gamma >= 2,
-    where the step has no solution.
+    lam = gamma / (1 - gamma/2); ValueError for gamma >= 2, which has no solution. The rest: see pda_hybrid_step.
     """
     if gamma >= 2:
         raise ValueError(f"gamma={gamma:.2f}: PDA divides by 1 - gamma/2; take more steps, or the hybrid scheme")
@@ -363,11 +361,7 @@ def guided(net, x, t, lam, ctx, null, scale):
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
-
-    def batch(value):
-        return value if value is None or torch.is_tensor(value) else torch.full((len(x),), value, device=x.device,
-                                                                                dtype=wide)
-    t, lam = batch(t), batch(lam)
+    t, lam = (n if n is None or torch.is_tensor(n) else x.new_full((len(x),), n, dtype=wide) for n in (t, lam))
     if scale == 1:
         return net(x.to(dtype), t, lam, *ctx).to(wide)                                     # (B, C, H, W)
     both = [torch.cat([n.expand_as(c), c]) for n, c in zip(null, ctx)]                     # unconditional first
@@ -405,8 +399,11 @@ def answer_of(method, net, ctx, null, scale):
     return prox if method == "prox" else score
 
 
-def check_model(cfg, pipe):
-    """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method and the sampler ask for."""
+def check_model(cfg, pipe, run=None, **steps):
+    """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method and the sampler ask for.
+
+    steps: {flag: numbers of steps}; those a proximal model was not trained for are said: its lambdas are new to it.
+    """
     lam = pipe.net.config.get("lam") if pipe.family == "uvit" else None
     if lam is None or lam != (cfg.method == "prox"):
         kind = "no U-ViT" if lam is None else f"a {('score', 'prox')[lam]} model, {'with' if lam else 'without'} lambda"
@@ -416,14 +413,11 @@ def check_model(cfg, pipe):
         raise ValueError(f"--scheme {cfg.scheme}: the network was trained for the lambdas of --scheme {scheme}: try it")
     if default_sampler(cfg) == "pda":
         pda_lambdas(cfg.eval_steps)
-
-
-def warn_of_steps(cfg, run, pipe, flag, steps):
-    """Say which numbers of steps a proximal model was not trained for: its lambdas there are new to it."""
     known = pipe.net.config.get("candidates", cfg.candidates)
-    outside = sorted(set(steps) - set(data.counts("candidates", known)))
-    if outside and cfg.method == "prox":
-        run.say(f"{flag} {','.join(map(str, outside))}: the proximal model was trained for {known} steps")
+    for flag, numbers in steps.items():
+        outside = ",".join(map(str, sorted(set(numbers) - set(data.counts("candidates", known)))))
+        if outside and cfg.method == "prox":
+            run.say(f"--{flag.replace('_', '-')} {outside}: the proximal model was trained for {known} steps")
 
 
 def default_sampler(cfg):
@@ -463,9 +457,7 @@ def kernel(method, answer, state, k, n):
     if method == "score":
         return sde_euler_step(answer, state, k / n, gamma, None), math.sqrt(gamma) if k > 1 else 0.0
     landed = answer(state, (k - 1) / n, gamma)                         # f(y_k; t_{k-1}, gamma_k)
-    if k == 1:
-        return landed, 0.0
-    gamma_next = beta_integral((k - 2) / n, (k - 1) / n)
+    gamma_next = beta_integral((k - 2) / n, (k - 1) / n) if k > 1 else 0.0
     return (1 + gamma_next / 2) * landed, math.sqrt(gamma_next)
 
 
@@ -505,8 +497,7 @@ def rollout(pipe, ctx, null, cfg, step, groups):
     states = [state]
     for k in range(n, 0, -1):
         means, (std, *_) = zip(*(kernel(cfg.method, answer, states[-1][p], k, n) for p, answer in zip(pieces, answers)))
-        mean = torch.cat(means)
-        x, logp_k = ops.linear_step(mean, std=std, eps=draw(f"step {k}") if std else None)       # mean + std xi
+        x, logp_k = ops.linear_step(torch.cat(means), std=std, eps=draw(f"step {k}") if std else None)  # mean + std xi
         states.append(x)
         if std:
             logp[k] = logp_k                                           # gaussian_logp(x, mean, std)
@@ -525,9 +516,8 @@ def matching_loss(cfg, progress, pred, target, width):
         return (pred - target).square().mean()
     if progress < cfg.warmup:
         return (pred - target).abs().mean()
-    zeta, progress = cfg.zeta, (progress - cfg.warmup) / (1 - cfg.warmup + 1e-9)
-    if cfg.zeta_start:
-        zeta = cfg.zeta_start + (cfg.zeta - cfg.zeta_start) * progress
+    start, progress = cfg.zeta_start or cfg.zeta, (progress - cfg.warmup) / (1 - cfg.warmup + 1e-9)
+    zeta = start + (cfg.zeta - start) * progress
     if cfg.zeta_space == "x":                                          # |prox - X_t|, with v |prox - E[X_t | y, x_0]|
         pred, target = (width[:, None, None, None] * part for part in (pred, target))
     return prox_matching_loss(pred, target, zeta).mean()
@@ -540,12 +530,12 @@ def train(cfg):
     pipe, params = data.load_policy(cfg, run, fresh=cfg.stage == "train")
     net = pipe.net
     net.config |= {"scheme": cfg.scheme, "candidates": cfg.candidates} if cfg.method == "prox" else {}
-    if cfg.predict != net.config["predict"]:
-        raise ValueError(f"--predict {cfg.predict}: this network has learned {net.config['predict']}")
     start = [p.detach().clone() for p in params]
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = data.optimizer(cfg, net, params)
-    check_model(cfg, pipe)
+    check_model(cfg, pipe, run)
+    if cfg.predict != net.config["predict"]:
+        raise ValueError(f"--predict {cfg.predict}: this network has learned {net.config['predict']}")
     shape, candidates = pipe.latent_shape(cfg.resolution), data.counts("candidates", cfg.candidates)
     mine = run.mine(range(cfg.batch))                                  # this process's, counted over all
     size = shape[1] * (pipe.vae.factor if pipe.vae else 1)
@@ -554,42 +544,30 @@ def train(cfg):
     null = pipe.encode_text([""])
     for step in run.steps(cfg.stage, mininterval=1):
         # 1. Images, some of their captions emptied
-        images, *captions = stream(step)                               # (B, 3, H, W) in [0, 1], B strings
         keys = [(cfg.seed, step, i) for i in mine]
         u = torch.tensor([data.uniform(3, *key, "train") for key in keys], dtype=torch.float64)    # (B, 3)
-        dropped = u[:, 0] < cfg.drop
-        if stream.cached:                                              # latents already, and text features
-            data.check_cached(cfg.images, [tuple(x.shape[1:]) for x in (images, *captions)],
-                              [tuple(shape), *(tuple(n.shape[1:]) for n in null)])
-            x_0, empty = images.to(run.device, data.wide(cfg.dtype)), dropped[:, None, None].to(run.device)
-            ctx = [torch.where(empty, n, c.to(n)) for n, c in zip(null, captions)]
-        else:
-            with torch.no_grad():
-                ctx = pipe.encode(["" if d else c for d, c in zip(dropped.tolist(), captions[0])])    # (B, L, D)
-            x_0 = pipe.encode_images(images.to(run.device)).to(data.wide(cfg.dtype))       # (B, C, H, W)
+        x_0, ctx = data.encoded(run, stream(step), null, u[:, 0] < cfg.drop)       # (B, C, H, W), [(B, L, D)]
         # 2. Times and noise
         noise, eps = (data.noises(shape, [(*key, name) for key in keys], x_0.device, x_0.dtype)
                       for name in ("noise", "eps"))
-        lam = None
+        t, lam = 1 - 0.999 * u[:, 1], torch.zeros(len(u))              # of a score model: t in (.001, 1], y = X_t
         if cfg.method == "prox":
-            t, lam = (part.to(x_0) for part in draw_pairs(u[:, 1:], candidates, cfg.scheme))      # (B,) each
-        else:
-            t = (1 - 0.999 * u[:, 1]).to(x_0)                          # (B,) in (.001, 1]
-        abar = alpha_bar(t)[:, None, None, None]
+            t, lam = draw_pairs(u[:, 1:], candidates, cfg.scheme)
+        t, lam = t.to(x_0), lam.to(x_0)                                # (B,) each
+        abar, column = alpha_bar(t)[:, None, None, None], lam[:, None, None, None]
         x = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise              # X_t  (B, C, H, W)
-        target, scaled, width = noise, x, torch.ones_like(t)
-        if lam is not None:                                            # Eq. (3)
-            column, width = lam[:, None, None, None], lam.sqrt()
-            target, scaled = eps, (x + column.sqrt() * eps) / (1 + column).sqrt()
+        scaled = (x + column.sqrt() * eps) / (1 + column).sqrt()       # y, Eq. (3), at variance 1
+        target, width = eps if cfg.method == "prox" else noise, lam.sqrt()
         if net.config["predict"] == "v":                               # Eq. (9)
-            a, sigma = (level[:, None, None, None] for level in levels(t, 0.0 if lam is None else lam))
+            a, sigma = (level[:, None, None, None] for level in levels(t, lam))
             target = (a * scaled - x_0) / sigma
-            width = width if lam is None else lam / (1 + lam).sqrt() * (a / sigma).flatten()
+            width = lam / (1 + lam).sqrt() * (a / sigma).flatten()
         # 3. Loss and update
         progress, total = step / cfg.steps, 0.0
         for k in range(0, len(mine), cfg.micro_batch):
             s = slice(k, k + cfg.micro_batch)
-            pred = guided(net, scaled[s], t[s], None if lam is None else lam[s], [c[s] for c in ctx], null, 1.0)
+            strength, text = lam[s] if cfg.method == "prox" else None, [c[s] for c in ctx]
+            pred = guided(net, scaled[s], t[s], strength, text, null, 1.0)
             loss = matching_loss(cfg, progress, pred, target[s], width[s]) * len(pred) / cfg.batch
             loss.backward()
             total = total + loss.detach()
@@ -612,10 +590,8 @@ def train_rl(cfg):
     start = [p.detach().clone() for p in params]                       # the model before RL, and the reference
     ema = [p.clone() for p in start] if cfg.ema else None
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    check_model(cfg, pipe)
     candidates, shape = data.counts("candidates", cfg.candidates), pipe.latent_shape(cfg.resolution)
-    warn_of_steps(cfg, run, pipe, "--sample-steps", [n])
-    warn_of_steps(cfg, run, pipe, "--candidates", candidates if cfg.hold else ())
+    check_model(cfg, pipe, run, sample_steps=[n], candidates=candidates if cfg.hold else ())
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
@@ -647,15 +623,12 @@ def train_rl(cfg):
         adv = run.mine(adv).to(run.device, states.dtype)               # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
-            pieces = [slice(i, min(i + cfg.micro_batch, s.stop)) for s, _ in chunks    # the rollout's: in bf16 a result
-                      for i in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(states[:, p], k, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[k][p]
-                                       for p in pieces for k in trained])
+                                       for p in run.pieces(chunks) for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
-            # The number of steps whose last landing this update holds.
-            m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]
+            m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]    # m: Eq. (10)'s
             for some, own in run.portions(update):                     # indices of its images; own []: for shards only
                 share = len(own) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 part, text = states[:, some], [c[some] for c in ctx]
@@ -700,20 +673,10 @@ def sample_stage(cfg):
     run = data.Run(cfg, "proxt2i")
     rows = data.draw_prompts(data.prompts(cfg.prompts, "val"), cfg.val_images, "val")
     judges = rewards.judges(cfg, run.device, rows)
-    pipe = models.load(cfg.model, cfg.weights or None, models.DTYPES[cfg.dtype], run.device, cfg.init or None)
-    pipe.offload = cfg.offload
-    check_model(cfg, pipe)
-    warn_of_steps(cfg, run, pipe, "--eval-steps", [cfg.eval_steps])
+    pipe = data.loaded(cfg, run)
+    check_model(cfg, pipe, run, eval_steps=[cfg.eval_steps])
     run.make_out()
-    row = data.evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
-    shown = [row["prompt"] for row in rows[:12]]
-    images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
-    if run.rank == 0:
-        data.picture(run.out / "samples" / "sample.png", [images], shown, [default_sampler(cfg)])
-    run.say(f"{cfg.eval_reward} {row['eval']:.3f} on {len(rows)} images, {cfg.eval_steps} steps of "
-            f"{default_sampler(cfg)}: {run.out / 'samples' / 'sample.png'}")
-    run.log_evals({"split": "val", "guidance": cfg.cfg_eval, **row})
-    data.last_line(run, {"eval_before": round(row["eval"], 4), "eval_after": None})
+    data.painted(run, sample, pipe, rows, judges, default_sampler(cfg))
 
 
 def compare(cfg):
@@ -725,50 +688,34 @@ def compare(cfg):
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
     for model, weights, init in asked:
-        pipe = models.load(model, weights or None, models.DTYPES[cfg.dtype], run.device, init or None)
-        pipe.offload = cfg.offload
+        pipe = data.loaded(replace(cfg, model=model, weights=weights, init=init), run)
         method = "prox" if pipe.net.config.get("lam") else "score"
         one = replace(cfg, model=model, method=method, sampler="", eval_steps=min(steps))
-        check_model(one, pipe)
-        warn_of_steps(one, run, pipe, "--compare-steps", steps)
+        check_model(one, pipe, run, compare_steps=steps)
         path = Path(weights or model)                                  # the second of a kind is called by its run
-        name = f" {path.parent.name if path.name == 'model' else path.name}" if one.method in shown_as else ""
-        shown_as.add(one.method)
+        run_name = path.parent.name if path.name == "model" else path.name
+        names = "", f" {run_name}", f" {path}", f" {path} {len(lines)}"
+        name = next(name for name in names if (one.method, name) not in shown_as)
+        shown_as.add((one.method, name))
         lines += [(sampler + name, replace(one, sampler=sampler), pipe) for sampler, method in SAMPLERS.items()
                   if method == one.method and sampler not in {"hybrid", "pda"} - {cfg.scheme}]
         lines += [(f"{default_sampler(one)}{name} at guidance {scale}", replace(one, cfg_eval=float(scale)), pipe)
                   for scale in filter(None, cfg.compare_cfg.split(","))]
     run.make_out()
-    table, grids, titles, shown = {name: {} for name in judges}, [], [], [row["prompt"] for row in rows[:8]]
-    with tqdm(total=len(lines) * len(steps), desc="compare", disable=run.rank > 0, dynamic_ncols=True) as bar:
-        for name, one, pipe in lines:
-            for n in steps:
-                one = replace(one, eval_steps=n)
-                row = data.evaluate(sample, pipe, rows, judges, one, run, one.cfg_eval)
-                for reward in judges:
-                    table[reward][name, n] = row["eval"] if reward == cfg.eval_reward else (
-                        row["eval_gold"] if reward == cfg.gold_reward else row["others"][reward])
-                if n in (min(steps), 10) and "guidance" not in name:
-                    grids.append(sample(pipe, shown, [("grid", i) for i in range(len(shown))], one, one.cfg_eval))
-                    titles.append(f"{name} {n}")
-                bar.update()
-    data.comparison(run, table, steps)
-    if run.rank == 0:
-        data.picture(run.out / "samples" / "compare.png", grids, shown, titles)
-    run.say(f"{len(rows)} test images, guidance {cfg.cfg_eval:g}: {run.out / 'compare.csv'}, {run.out / 'samples'}")
-    data.last_line(run, {"eval_before": None, "eval_after": None})
+    data.comparison(run, sample, lines, steps, rows, judges)
 
 
 def quick_start(cfg):
     """Compare, then a short RL run. Typed again after a kill, with --out, it does not compare what it has compared."""
-    rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # refused now, not later
+    rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # refused now, not later:
+    check_model(cfg, models.load(cfg.model, cfg.weights or None, init=cfg.init or None))
     out = f"{cfg.out}-compare" if cfg.out else ""
-    if cfg.out and (Path(cfg.out) / "config.json").exists():
-        raise ValueError(f"{cfg.out} already holds a run: continue it by --resume, or choose another --out")
+    if out:
+        data.refuse_taken(Path(cfg.out))
     if not (out and (Path(out) / "compare.csv").exists()):
         steps = "4,10" if cfg.compare_steps == Config.compare_steps else cfg.compare_steps
         compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps=steps, stage="compare", out=out,
-                        resume=bool(out) and (Path(out) / "config.json").exists()))
+                        resume=bool(out) and (Path(out) / "config.json").exists(), **FOR_TRAINING))
     train_rl(cfg)
 
 
@@ -779,9 +726,10 @@ def main(argv=None):
         typed = {word.split("=")[0] for word in argv}
         if "--stage" in typed:
             raise ValueError(f"--stage is the command's first word: python proxt2i.py {', '.join(STAGES)}")
-        data.choose("stage", stage, ("", *STAGES))
         if "--sample-steps" in typed and stage in ("sample", "compare"):
             raise ValueError("--sample-steps is RL's: sample takes --eval-steps, compare --compare-steps")
+        if stage == "compare" and (odd := typed & {"--sampler", "--method"}):
+            raise ValueError(f"{min(odd)} has no use in compare, which takes every sampler of its models")
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))
         if not stage and not cfg.resume and not {"--steps", "--minutes"} & typed:
             return quick_start(cfg)

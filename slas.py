@@ -12,10 +12,10 @@ Sun et al., SLAS, arXiv:2605.10937, "Power Reinforcement Post-Training of Text-t
     (5) [9]  dr_i = r_i - mean_g r; dividing it by std_g r, as (1), blows up near-equal rewards      group_advantage
     (6) [20] A_i = sign(dr_i) |dr_i|^(1+gamma), with the whole batch's std in place of the group's    slas_advantage
     (7) [83] E|dr|^(2(1+gamma)) <= 2 delta / (eta^2 lambda_max G2)                                         max_gamma
-(6), a = dr: the step d, int d = 0, that maximises int d a - |d|^2 / 2, |d|^2 = int d^2 / (pi |a|^gamma) [17, 18], has
-a - lam = d / (pi |a|^gamma): d = pi |a|^gamma (a - lam), where int d = 0 gives lam = E|a|^gamma a / E|a|^gamma. The
-paper drops lam as a baseline and has pi sign(a) |a|^(1+gamma) [19]. But lam stands beside |a|^gamma, so that is the
-maximiser only where E sign(a) |a|^(1+gamma) = 0: gamma = 0 [15] or symmetric a. --recenter takes the true one.
+(6), a = dr: the step d of the policy pi, int d = 0, that gains most, int d a, where it costs int d^2 / (2 pi |a|^gamma)
+[17, 18], is d = pi |a|^gamma (a - lam), lam = E|a|^gamma a / E|a|^gamma: what is far from the mean moves cheaply. The
+paper drops lam as a baseline and has pi sign(a) |a|^(1+gamma) [19], the same only where E sign(a) |a|^(1+gamma) = 0:
+for gamma = 0 [15] or a symmetric a. --recenter keeps lam.
 (7): a step eta g, g = E A grad log pi, moves the policy by KL <= eta^2/2 lambda_max |g|^2, lambda_max the Fisher
 matrix's, and |g|^2 <= E A^2 G2, G2 = E |grad log pi|^2. So E A^2 <= 2 delta / (eta^2 lambda_max G2) keeps KL <= delta,
 nats per dimension and step. Adam's eta: |dtheta| / |g|. No guarantee: few --fisher-images overrate lambda_max.
@@ -44,7 +44,7 @@ class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
     weights: str = ""                   # its directory or original single file, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
-    method: str = "dance"               # flow (Flow-GRPO), dance (DanceGRPO): its SDE, no KL, one noise a group
+    method: str = "dance"               # flow (Flow-GRPO), dance (DanceGRPO): its SDE, never a KL, one noise a group
     preset: str = ""                    # tiny, paper, official (released runs: Flow-GRPO's, DanceGRPO's)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
@@ -241,7 +241,7 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
-    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, for flow-grpo. Three forms:
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, read by flow-grpo. Forms:
     gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
     flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
     velocity   |v - v_ref|^2                           DGPO's
@@ -453,7 +453,7 @@ def train(cfg):
     if cfg.clean_final and pipe.ddpm:
         raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
-    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: std has no dt in it
+    dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: no dt in std to undo
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
     null = pipe.encode_text([""])
     checked = False
@@ -471,7 +471,7 @@ def train(cfg):
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         choice, length = data.uniform(cfg.sample_steps, cfg.seed, step, "steps"), cfg.window or cfg.sample_steps
         first = int(data.uniform(1, cfg.seed, step, "window")[0] * max(1, cfg.sample_steps - length))
-        window = range(first, first + length)                          # a window leaves out the last step, see below
+        window = range(first, first + length)                          # a shorter one leaves out the last step
         chunks, parts = run.chunks(cfg.group_size), []
         for s, groups in chunks:                                       # one is scored while the next is sampled
             parts.append(rollout(pipe, [c[s] for c in ctx], null, ts, window, cfg, step, groups))

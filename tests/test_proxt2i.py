@@ -403,6 +403,8 @@ def test_two_processes_train_the_same_weights(line, keys, fresh, tmp_path, capsy
     run([*line, "--out", "one"], capsys)
     _, err = two.communicate(timeout=600)
     assert two.returncode == 0, err
+    for name in ("one", "two") if line[0] == "train" else ():          # the tiny world needs no number of processes
+        run(["train", "--resume", "--out", name, "--steps", 4], capsys)
     one, two = (torch.load(f"{name}/last/state.pt", weights_only=True) for name in ("one", "two"))
     assert all((a - b).abs().max() < 1e-9 for a, b in zip(one["params"], two["params"]))
     rows, others = ([json.loads(row) for row in Path(name, "metrics.jsonl").read_text().splitlines()]
@@ -490,24 +492,27 @@ def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path
     """--weights are the first model's alone: beside it the same name stands for what ships."""
     monkeypatch.chdir(tmp_path)
     proxt2i.main([str(word) for word in (
-        "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox",
+        "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox,tiny-prox",
         "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
-    assert [line[0] for line in lines[3:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox"]
-    assert float(lines[4][1]) < .1 < float(lines[5][1])                # untrained, and trained
+    assert [line[0] for line in lines[4:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox", "hybrid tiny-prox 2"]
+    assert float(lines[5][1]) < .1 < float(lines[6][1]) == float(lines[7][1])              # untrained, and trained
 
 
 def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
-    """Both stages; a bad reward is refused before either, and what has been compared is not compared again."""
+    """Both stages; bad input is refused before either, what is RL's alone is not, and nothing is compared twice."""
     monkeypatch.chdir(tmp_path)
     line = ["--model", fresh / "prox", "--compare-with", fresh / "score", "--compare-steps", "4", "--groups", 2,
             "--group-size", 2, "--out", "out", *SMALL]
     honest, seen = proxt2i.compare, []
     monkeypatch.setattr(proxt2i, "compare", lambda cfg: seen.append(cfg.resume) or honest(cfg))
-    with pytest.raises(SystemExit):
-        run([*line, "--reward", "nope"], capsys)
+    Path("taken").mkdir()
+    Path("taken/notes.txt").write_text("mine")
+    for bad in (["--reward", "nope"], ["--method", "score"], ["--out", "taken"]):
+        with pytest.raises(SystemExit):
+            run([*line, *bad], capsys)
     assert not seen and not Path("out-compare").exists()
-    line += ["--reward", f"{reward_file}:red"]
+    line += ["--lora-rank", 2, "--reward", f"{reward_file}:red"]
     monkeypatch.setattr(data, "comparison", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(line, capsys)
@@ -552,12 +557,14 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["dance"], "dance"), (["rl", "--candidates", "4,x"], "4,x"), (["rl", "--sample-steps", 1], "2 or more"),
     (["rl", "--zeta", 0], "--zeta"), (["train", "--scheme", "pda"], "10 steps or more"),
     (["train", "--model", "tiny-prox", "--scheme", "pda", "--candidates", "10,25"], "2 steps of PDA"),
+    (["finetune", "--model", "tiny"], "is no U-ViT"),
     (["train", "--lora-rank", 4], "--lora-rank 4: train makes all weights anew"),
     (["finetune", "--lora-rank", 4], "--optimizer adamw"),
     (["--stage", "train"], "--stage is the command's first word"), (["rl", "--stage=sample"], "--stage is the"),
     (["compare", "--compile"], "--compile is for training"),
     (["sample", "--lora-rank", 2], "--lora-rank is for training"),
     (["sample", "--sample-steps", 4], "--eval-steps"), (["compare", "--sample-steps=4"], "--compare-steps"),
+    (["compare", "--sampler", "sde"], "--sampler has no use in compare"),
     (["compare", "--compare-cfg", "1,x"], "--compare-cfg '1,x'"),
     (["rl", "--scheme", "halfway"], "--scheme 'halfway' is unknown: hybrid, pda"),
     (["rl", "--sampler", "halfway"], "--sampler 'halfway' is unknown: hybrid, pda, sde, sde-mean, ode, dpm"),
