@@ -11,6 +11,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import difflib
 import fcntl
 import functools
 import glob
@@ -1313,7 +1314,7 @@ def cli(config, presets, argv=None, defaults=None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
-    parser.error = refuse
+    parser.error = functools.partial(refuse, flags=list(parser._option_string_actions))
     given = typed = vars(parser.parse_args(argv))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):           # torchrun --max-restarts: the same words again
         if "out" not in typed:
@@ -1406,9 +1407,12 @@ def settings_of(out, config):
     return before
 
 
-def refuse(message):
-    """An ArgumentParser's error: one line, where argparse would print the usage of all flags."""
-    raise ValueError(f"{message} (--help lists all flags)")
+def refuse(message, flags=()):
+    """An ArgumentParser's error: one line, where argparse would print the usage of all flags. flags: those there are."""
+    odd = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+    close = odd and difflib.get_close_matches(odd[1], flags, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"{message} ({hint}--help lists all flags)")
 
 
 def choose(name, value, options):

@@ -387,7 +387,8 @@ def _wanted(metas, device):
     for meta in metas:
         if not isinstance(meta, dict) or "include" not in meta:
             raise ValueError(f"the tiny world's verifier cannot check {str(meta)[:200]}: it has no 'include', the "
-                             f"objects with their class, count, color and position; give it in prompts.jsonl")
+                             f"objects with their class, count, color and position: give it in prompts.jsonl, or take "
+                             f"another --reward and --eval-reward")
         objects, direction, known = [], (0, 0), True
         try:
             for o in meta["include"]:
@@ -2926,6 +2927,8 @@ def bench(args):
     Raises ValueError or OSError, in one line, for what cannot be read or measured.
     """
     spec, per_prompt, names, source = BENCHMARKS.get(args.benchmark, (args.benchmark, 1, "", ""))
+    if not source:
+        data.prompts(str(spec), "test")                                # is it there?
     if not (args.reward or names):
         raise ValueError(f"--benchmark {args.benchmark} comes without rewards: add --reward NAME,NAME, or choose "
                          f"{', '.join(BENCHMARKS)}")
@@ -3061,6 +3064,10 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get("file"), str):
             raise ValueError(f"{listing}: row {i} names no file")
+    there = {path.name for path in folder.glob("*") if path.suffix.lower() in IMAGES}
+    if rest := there - {row["file"] for row in rows}:
+        tqdm.write(f"{listing} does not list {len(rest)} of the {len(there)} images beside it, {min(rest)} is one: left "
+                   f"out", file=sys.stderr)
     check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
     sizes, area = {}, 0                                                # images of one size make one batch
@@ -3226,6 +3233,8 @@ def main(argv=None):
                                 "smaller images, or --device cpu"):
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
+        elif argv and not argv[0].startswith("-"):
+            raise ValueError(f"unknown command {argv[0]!r}: {', '.join(commands)}, or flags alone (--help)")
         else:
             folder_command(argv)
 

@@ -287,11 +287,11 @@ def random_rewards(folder, small):
     return rewards
 
 
-def score(device, small, images, seconds):
+def score(device, small, images, seconds, only=()):
     """Print each reward's ms for an image of 512 px, the tiny world's for 28. Returns rows (reward, dtype, ms or None).
 
-    images: how many a call; the time is the median of calls, 3 at least, made within about so many seconds. One that
-    fails is told, and the others follow; then SystemExit.
+    images: how many a call; only: names, all if there are none. A time is the median of calls, 3 at least, made within
+    about so many seconds. A reward that fails is told, and the others follow; then SystemExit.
     """
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -307,8 +307,8 @@ def score(device, small, images, seconds):
         large_images = sign(large_images.clamp(0, 1)).to(device)
         meta = {"include": [{"class": "cat", "count": 1, "color": "red"}], "tag": "colors", "target": "HELLO WORLD"}
         for name in rewards.REWARDS:
-            if name in ("deqa", "unigenbench", *rewards.NUMBER):       # a server's time is its own
-                continue
+            if name in ("deqa", "unigenbench", *rewards.NUMBER) or only and name not in only:
+                continue                                               # a server's time is its own
             tiny = name.startswith(("shapes", "tiny-clip"))
             for dtype in ("float32", "bfloat16"):
                 metas = world if tiny else [meta] * images
@@ -359,7 +359,8 @@ def call_time(f, device, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["ops", "model", "rewards"], default="ops")
-    parser.add_argument("only", nargs="*", help="of model: sd35m, flux, sd14, uvit; all of them if none is named")
+    parser.add_argument("only", nargs="*", help="of model: sd35m, flux, sd14, uvit; of ops and rewards: their names; "
+                        "all of them if none is named")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of ops and rewards: this one alone")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
     parser.add_argument("--quick", action="store_true", help="ops: float32 only; rewards: three calls; "
@@ -378,7 +379,7 @@ def main():
         sys.exit(any(row.get("error") for row in model(runs)))
     if args.what == "rewards":
         for device in devices:
-            score(device, device == "cpu", 32 if device == "cuda" else 4, 0 if args.quick else 3)
+            score(device, device == "cpu", 32 if device == "cuda" else 4, 0 if args.quick else 3, args.only)
         return
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads, {ops.status()}")
     for device in devices:
@@ -393,7 +394,11 @@ def main():
               f"{'of copy':>9}{'eager us':>11}{'speedup':>9}" + f"{'compile us':>12}" * args.compile
               + f"{'eager CPU':>11}{'fused CPU':>11}" * gpu + f"{'compile CPU':>13}" * (gpu and args.compile))
         for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16, torch.float16):
+            head = ""
             for op, f, twin, shape, moved, make in cases(dtype, device):
+                head = head if op.startswith(" ") else op.partition(",")[0]    # a line that goes on: of the op above
+                if args.only and head not in args.only:
+                    continue
                 if args.compile:
                     torch._dynamo.reset()
                 row = [twin] + [f] * fused + [torch.compile(twin)] * args.compile

@@ -36,13 +36,18 @@ def curve(folder):
 
 
 def main(*arguments):
-    gold, runs = arguments[0] == "--gold", {}
-    file, *arguments = arguments[gold:]
+    gold, runs = arguments[:1] == ("--gold",), {}
+    file, *arguments = arguments[gold:] or sys.exit(__doc__)
     for argument in arguments:
         label, _, folder = argument.rpartition("=")
-        label = label or list(runs)[-1]
+        label = label or next(reversed(runs), folder)
         pattern, at, last = folder.partition("@")
-        runs.setdefault(label, []).extend(curve(found + at + last) for found in sorted(glob.glob(pattern)) or [pattern])
+        found = [run for run in sorted(glob.glob(pattern)) if (pathlib.Path(run) / "evals.jsonl").is_file()]
+        if not found:
+            sys.exit(f"{pattern} is no run's folder: none has an evals.jsonl")
+        runs.setdefault(label, []).extend(curve(run + at + last) for run in found)
+    if not runs:
+        sys.exit(__doc__)
     if not all(map(all, runs.values())):
         sys.exit("a run has no validation points: run it with --eval-every above 0")
     data.chart(file, {title: {label: [[(row[x], row[y]) for row in rows] for rows in curves]
@@ -126,12 +131,13 @@ def reach(points, target):
 def table(race, runs):
     """A race in Markdown. Test scores: mean and sample standard deviation over seeds; targets by the mean curve.
 
-    The target is the best score of Flow-GRPO's own mean curve; NaN where a run never has it, Flow-GRPO is not there, or
+    The target is the best score of Flow-GRPO's own mean curve; "-" where a run never has it, Flow-GRPO is not there, or
     the method starts from another model, and for the seconds of several machines.
     """
     flow, axes = runs.get(("flow-grpo", "base"), {}), axes_of(runs)
     target = max((y for _, y in mean_curve(flow, "seconds")), default=math.nan)
-    text = [f"{', '.join(filter(None, race))}; target {target:.3f}", "",
+    aim = f"target {target:.3f}" if flow else "no Flow-GRPO, so no target"
+    text = [f"{', '.join(filter(None, race))}; {aim}", "",
             "| run | settings | seeds | strict, before | after | proxy, before | after | seconds to target "
             "| passes to target | speed-up |", "|---|---|---|---|---|---|---|---|---|---|"]
     methods = list(dict.fromkeys(method for method, _ in runs))           # a method's variants below it
@@ -146,7 +152,8 @@ def table(race, runs):
         seconds, passes = (reach(mean_curve(seeds, axis), goal if axis in axes else math.nan)
                            for axis in ("seconds", "forwards"))
         faster = reach(mean_curve(flow, "seconds"), target) / seconds if seconds else math.nan
-        text.append(f"| {' | '.join(cells)} | {seconds:.0f} | {passes:,.0f} | {faster:.2f} |")
+        times = f"{seconds:.0f} | {passes:,.0f} | {faster:.2f}".replace("nan", "-")
+        text.append(f"| {' | '.join(cells)} | {times} |")
     return "\n".join(text)
 
 

@@ -205,7 +205,8 @@ def parsed(argv):
     taken = {word.split("=")[0] for word in args.flags} & {"--seed", "--steps", "--out", "--resume", "--eval-reward"}
     tunings = {row["budget"] for row in read(args.csv) if row["variant"] == "tune" and
                (row["reward"], row["flags"]) == (args.reward, shlex.join(args.flags))}
-    for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}"), (taken, f"{', '.join(taken)}: the race's own"),
+    for wrong, why in ((unknown, f"unknown: {', '.join(unknown)}; there is {', '.join([*METHODS, *sorted(known)])}"),
+                        (taken, f"{', '.join(taken)}: the race's own"),
                        (args.minutes and args.rollouts, "--minutes or --rollouts, not both"),
                        (args.first_seed < 0, "--first-seed: 0 or more"),
                        (args.tuned and args.tune, "--tune or --tuned, not both"),

@@ -221,7 +221,8 @@ def test_numbers_out_of_range(module, flag, value, small, refused):
 
 @BOTH
 def test_unknown_flags(module, small, refused):
-    refused(module, [*small, "--group-sise", "4"], "--group-sise", "--help")
+    refused(module, [*small, "--group-sise", "4"], "--group-sise", "did you mean --group-size?", "--help")
+    refused(module, [*small, "--zzzzzz=4"], "--zzzzzz=4 (--help")
     refused(module, [*small, "stray"], "stray")
     refused(module, [*small, "--seed"], "--seed")
     refused(module, [*small, "--minute", "1"], "--minute")             # no abbreviations

@@ -222,6 +222,10 @@ def test_folders(tmp_path):
         assert same(take(rest, 12 - cut), whole[cut:]), cut
     both = [keys(Images([beside, str(table)], 16, r, 3, epochs=2)) for r in range(3)]
     assert sorted(sum(both, [])) == sorted(["00000/0", "00000/1", "0", "3"] * 2)
+    (tmp_path / "tea").mkdir()                                         # no drive's letter: a file that is there
+    (tmp_path / "tea" / "5:30 pm.png").write_bytes(picture(0))
+    (tmp_path / "tea" / "5:30 pm.txt").write_text("at five")
+    assert [row[:2] for row in take(Images(tmp_path / "tea", 16, epochs=1))] == [("5:30 pm", "at five")]
     (table / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "zero"}\n\n["0.png"]\n')
     with pytest.raises(ValueError, match="metadata.jsonl, line 3"):
         Images(table, 16)

@@ -520,8 +520,10 @@ def test_before_a_run_has_begun_signals_end_it(flags, monkeypatch):
 def test_minutes_end_a_run(module, flags):
     last, *_ = run(module, flags(steps=100000, minutes=.01, reward="slow"))
     assert 1 <= last["steps"] < 100 and last["seconds"] < 600
-    last, rows, _ = run(module, flags(steps=100000, minutes=1e-9, out="short"))        # over before it began: one step
-    assert last["steps"] == len(rows) == 1
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        module.main(flags(steps=9, minutes=1e-9, out="short"))         # over before it began: one step
+    assert len(Path("short/metrics.jsonl").read_text().splitlines()) == 1
+    assert "--minutes 1e-09 are over, after 1 of --steps 9\n" in said.getvalue()
 
 
 # ================================================================================================= what a run leaves
