@@ -1408,7 +1408,7 @@ def settings_of(out, config):
 
 
 def refuse(message, flags=()):
-    """An ArgumentParser's error: one line, where argparse would print the usage of all flags. flags: those there are."""
+    """An ArgumentParser's error: one line, where argparse would print all flags' usage. flags: those there are."""
     odd = re.match(r"unrecognized arguments: (--[^ =]+)", message)
     close = odd and difflib.get_close_matches(odd[1], flags, 1)
     hint = f"did you mean {close[0]}? " if close else ""

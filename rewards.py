@@ -3066,8 +3066,8 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             raise ValueError(f"{listing}: row {i} names no file")
     there = {path.name for path in folder.glob("*") if path.suffix.lower() in IMAGES}
     if rest := there - {row["file"] for row in rows}:
-        tqdm.write(f"{listing} does not list {len(rest)} of the {len(there)} images beside it, {min(rest)} is one: left "
-                   f"out", file=sys.stderr)
+        tqdm.write(f"left out: {len(rest)} of the {len(there)} images in {folder}, which {listing.name} does not list, "
+                   f"{min(rest)} for one", file=sys.stderr)
     check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
     sizes, area = {}, 0                                                # images of one size make one batch

@@ -167,8 +167,8 @@ def test_table_from_a_csv_by_hand(tmp_path, capsys):
         ["flow-grpo", "defaults", "2", "0.280 ± 0.000", "0.390 ± 0.014", "0.140 ± 0.000", "0.195 ± 0.007", "110",
          "5,000", "1.00"],
         ["dgpo", "defaults", "1", "0.280", "0.500", "0.140", "0.250", "30", "3,000", "3.67"],
-        ["diffusion-dpo", "defaults", "1", "0.280", "0.300", "0.140", "0.150", "nan", "nan", "nan"],
-        ["proxt2i", "defaults", "1", "0.350", "0.500", "0.175", "0.250", "nan", "nan", "nan"]]
+        ["diffusion-dpo", "defaults", "1", "0.280", "0.300", "0.140", "0.150", "-", "-", "-"],
+        ["proxt2i", "defaults", "1", "0.350", "0.500", "0.175", "0.250", "-", "-", "-"]]
     assert {len(row) for row in table} == {10}
     for score in curves.SCORES:
         assert Image.open(tmp_path / f"race-shapes-8-minutes-abacus-{score}.png").width == 4 * 420
@@ -185,7 +185,7 @@ def test_rollouts_are_one_race_on_all_machines(tmp_path):
     assert list(runs["flow-grpo", "base"]) == ["0", "1", "2"] and list(runs["dgpo", "base"]) == ["0", "2"]
     flow, dgpo = ([cell.strip() for cell in line.split("|")[3:-1]]
                   for line in curves.table(key, runs).splitlines()[4:])
-    assert flow[0] == "3" and dgpo[0] == "2" and flow[-3] == dgpo[-3] == dgpo[-1] == "nan" and dgpo[-2] == "3,333"
+    assert flow[0] == "3" and dgpo[0] == "2" and flow[-3] == dgpo[-3] == dgpo[-1] == "-" and dgpo[-2] == "3,333"
     curves.pictures(tmp_path / "x", runs)
     assert Image.open(tmp_path / "x-strict.png").width == 3 * 420
     (key, alone), = curves.races([row | budget for row in here]).items()
