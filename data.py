@@ -1659,7 +1659,9 @@ def join(device=None, alone=False):
 
 
 def refuse_taken(out):
-    """Raise ValueError for an OUT that holds a run already, or anything else."""
+    """Raise ValueError for an OUT that holds a run already, or anything else, or is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
     if begun:
         what = "a run: continue it by --resume" if "config.json" in begun else f"{min(begun)}, no run: empty it"
@@ -1711,8 +1713,6 @@ class Run:
             out = free_run(method)
         out = self._agreed(out)                                       # a file system may show others to each process
         settings, state = dataclasses.asdict(cfg), None
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; name a folder")
         if cfg.resume:
             before = settings_of(out, type(cfg))
             free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
@@ -1737,7 +1737,7 @@ class Run:
                 dist.all_gather_object(steps, state["count"]["step"] if state else None)
                 if len(set(steps)) > 1:
                     raise ValueError(f"{out / file} is of steps {steps} as the processes see it: do they share a disk?")
-        if not self.cfg.resume:
+        else:
             refuse_taken(out)
         return out, state
 
@@ -1782,7 +1782,6 @@ class Run:
                     self.say(f"out: {self.out}")
                 if not self.cfg.resume:
                     self._lock(self.out)
-                if not self.cfg.resume:
                     refuse_taken(self.out)
                 (self.out / "samples").mkdir(exist_ok=True)
             except OSError as error:
@@ -1840,7 +1839,7 @@ class Run:
             yield self.count["step"]
             self.bar.update()
         self.bar.close()
-        if total and self.count["step"] < total and not self.stopping:
+        if total and self.count["step"] < total and time.time() - self.start > 60 * self.cfg.minutes:
             self.say(f"--minutes {self.cfg.minutes:g} are over, after {self.count['step']} of --steps {total}")
 
     def done(self):
@@ -2314,7 +2313,7 @@ def check_cached(spec, found, wanted):
 def encoded(run, batch, null, dropped):
     """A batch of run.stream as the network takes it: latents x_0 (B, C, H, W) and [(B, L, D)], text features.
 
-    null: an empty caption's features, which those that are dropped, (B,) bool, get for theirs.
+    null: the features of an empty caption; where dropped, (B,) bool, is set they stand for a caption's own.
     """
     cfg, (images, *captions) = run.cfg, batch                          # (B, 3, H, W) in [0, 1], B strings; or latents
     if not run.stream.cached:
@@ -2742,8 +2741,8 @@ def finish(run, start):
 
 def painted(run, sample, pipe, rows, judges, title):
     """What the rows' prompts score, as `evaluate` says, logged and printed; samples/sample.png of the first."""
-    cfg, file = run.cfg, run.out / "samples" / "sample.png"
-    row, shown = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval), [row["prompt"] for row in rows[:12]]
+    cfg, file, shown = run.cfg, run.out / "samples" / "sample.png", [row["prompt"] for row in rows[:12]]
+    row = evaluate(sample, pipe, rows, judges, cfg, run, cfg.cfg_eval)
     images = sample(pipe, shown, [("grid", i) for i in range(len(shown))], cfg, cfg.cfg_eval)
     if run.rank == 0:
         picture(file, [images], shown, [title])

@@ -9,7 +9,7 @@ Paper: Luo et al., arXiv:2510.08425. (n) is this file's number, [n] the paper's.
     (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
-    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < hold_below, t_min       learn, hold
+    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this at t < min(hold_below, t_min)      learn, hold
 
 Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -(l - l_ref); (4) says that G+
 beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops out.
@@ -457,7 +457,7 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
 
 def hold(net, params, start, x_0, eps, ctx, null, keys, G, total, cfg, ddpm):
     """Add the gradient of (6)'s hold |v - v_start|^2, on a quarter of each group (of a pair, the better one) at times
-    t < hold_below of their own.
+    t < min(hold_below, t_min) of their own.
 
     What the timestep clip leaves untrained is held where it was. The weights that train at the noisy times serve the
     others, too, and no loss sees those. There the network drifts until the sampler's last steps paint the patches' grid

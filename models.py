@@ -82,7 +82,7 @@ def weight_files(directory):
             file = directory / f"{name}{variant}.safetensors"
             if file.is_file():
                 return [file]
-    there = sorted(file.name for file in directory.glob("*.safetensors*"))
+    there = sorted(file.name for file in directory.glob("*.safetensors*") if file.suffix != ".new")    # half a file
     if there:
         raise FileNotFoundError(f"{directory} holds {there[0]}; what is read is diffusion_pytorch_model.safetensors, "
                                 f"model.safetensors, either as .fp16, or shards with their index: download one, or "
@@ -176,14 +176,17 @@ def save_pretrained(net, directory, dtype=None):
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / f"{net.file_name}.safetensors", state)
     data.write_atomic(directory / "config.json", (json.dumps(net.config, indent=2) + "\n").encode())
-    for old in (f"{net.file_name}.safetensors.index*.json", f"{net.file_name}-*-of-*.safetensors"):
+    for old in (f"{net.file_name}.safetensors.index.json", f"{net.file_name}-?????-of-?????.safetensors"):
         for file in directory.glob(old):                              # shards that were here would be read first
             file.unlink()
 
 
-def write_tensors(path, state):
-    """Write a safetensors file, so that a kill leaves the old one or the new one; ValueError for a full disk, say."""
-    new = Path(f"{path}.{uuid.uuid4().hex}")                          # another process may write too
+def write_tensors(path, state, end="new"):
+    """Write a safetensors file, so that a kill leaves the old one or the new one; ValueError for a full disk, say.
+
+    end: of the name until it is whole, another for each writer where there are several at once.
+    """
+    new = Path(f"{path}.{end}")
     try:
         save_file(state, new, metadata={"format": "pt"})
         with open(new, "rb") as f:
@@ -1276,13 +1279,14 @@ class CLIPTokenizer:
                 raise ValueError(f"{both} holds no byte-pair model of vocab and merges: it is another tokenizer's file")
             table, pairs = model["vocab"], model["merges"]
         else:
-            table, lines = read_json(vocab), merges.read_text(encoding="utf-8").splitlines()
-            pairs = [line for line in lines if line and not line.startswith("#version")]
+            table, pairs = read_json(vocab), merges.read_text(encoding="utf-8", errors="replace").splitlines()
+            pairs = [line for line in pairs if line and not line.startswith("#version")]
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
         try:
             self.core = Tokenizer(models.BPE(table, pairs, **options))
         except Exception as error:                                    # the library raises nothing more precise
-            raise ValueError(f"{vocab} or {merges} is damaged ({error}): download both again") from None
+            names = both if absent else f"{vocab} or {merges}"
+            raise ValueError(f"{names} is damaged ({error}): download it again") from None
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token") or end
@@ -1599,7 +1603,8 @@ class TextToImage:
                 raise ValueError(f"{file} is damaged ({error}): delete it, the next run encodes it again") from None
         parts = self.encode([prompt])
         if file:
-            write_tensors(file, {str(i): part.cpu().contiguous() for i, part in enumerate(parts)})
+            state = {str(i): part.cpu().contiguous() for i, part in enumerate(parts)}
+            write_tensors(file, state, uuid.uuid4().hex)
         return parts
 
     @torch.no_grad()
@@ -2183,7 +2188,7 @@ def load_lora(net, file):
     file's, on its layers and at its rank. Raises as `lora_file`, `lora_file_scale`, `add_lora` and `read_tensors` do,
     and ValueError where the ranks differ.
     """
-    file, end, bare = lora_file(file), ".lora_A.weight", not lora_layers(net)
+    file, end, bare, trained = lora_file(file), ".lora_A.weight", not lora_layers(net), trainable(net)
     refuse_pickle(file)
     scale = lora_file_scale(file)
 
@@ -2209,7 +2214,9 @@ def load_lora(net, file):
     except (OSError, ValueError):
         for module in layers.values() if bare else ():                # as it was
             module.__class__ = nn.Linear
-            del module.lora_A, module.lora_B
+            del module.lora_A, module.lora_B, module.lora_scale, module.lora_merged
+        for p in trained:
+            p.requires_grad_(True)
         raise
     with torch.no_grad():
         for name, tensor in found.items():
@@ -2449,8 +2456,9 @@ def pretrain(args):
     settings = {name: getattr(args, name) for name in ("seed", "images", "batch", "lr")}
     if file.is_file():
         state = torch.load(file, map_location=device, weights_only=True)
-        if state.get("settings", settings) != settings:
-            raise ValueError(f"--state {file} is of a run with {state['settings']}: choose another, or delete it")
+        if state.get("settings") != settings:
+            raise ValueError(f"--state {file} is of a run with {state.get('settings', 'another vocabulary')}: choose "
+                             f"another, or delete it")
         both.load_state_dict(state["net"])
         ema, first = state["ema"], state["step"]
         for opt, value in zip(optimizers, state["optimizers"]):

@@ -399,7 +399,7 @@ def answer_of(method, net, ctx, null, scale):
     return prox if method == "prox" else score
 
 
-def check_model(cfg, pipe, run=None, **steps):
+def check_model(cfg, pipe, run, **steps):
     """Raise ValueError unless the pipeline's network is a U-ViT of the kind that cfg.method and the sampler ask for.
 
     steps: {flag: numbers of steps}; those a proximal model was not trained for are said: its lambdas are new to it.
@@ -687,14 +687,14 @@ def compare(cfg):
     judges = rewards.judges(cfg, run.device, rows, cfg.compare_rewards.split(","))
     lines, shown_as = [], set()                                        # (a row's name, its Config, its pipeline)
     asked = [(cfg.model, cfg.weights, cfg.init), *((name, "", "") for name in cfg.compare_with.split(",") if name)]
-    for model, weights, init in asked:
+    for i, (model, weights, init) in enumerate(asked, 1):
         pipe = data.loaded(replace(cfg, model=model, weights=weights, init=init), run)
         method = "prox" if pipe.net.config.get("lam") else "score"
         one = replace(cfg, model=model, method=method, sampler="", eval_steps=min(steps))
         check_model(one, pipe, run, compare_steps=steps)
         path = Path(weights or model)                                  # the second of a kind is called by its run
         run_name = path.parent.name if path.name == "model" else path.name
-        names = "", f" {run_name}", f" {path}", f" {path} {len(lines)}"
+        names = "", f" {run_name}", f" {path}", f" {path} {i}"
         name = next(name for name in names if (one.method, name) not in shown_as)
         shown_as.add((one.method, name))
         lines += [(sampler + name, replace(one, sampler=sampler), pipe) for sampler, method in SAMPLERS.items()
@@ -707,11 +707,10 @@ def compare(cfg):
 
 def quick_start(cfg):
     """Compare, then a short RL run. Typed again after a kill, with --out, it does not compare what it has compared."""
-    rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # refused now, not later:
-    check_model(cfg, models.load(cfg.model, cfg.weights or None, init=cfg.init or None))
+    if cfg.out:
+        data.refuse_taken(Path(cfg.out))                               # refused now, not later
+    rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # and so is a bad reward
     out = f"{cfg.out}-compare" if cfg.out else ""
-    if out:
-        data.refuse_taken(Path(cfg.out))
     if not (out and (Path(out) / "compare.csv").exists()):
         steps = "4,10" if cfg.compare_steps == Config.compare_steps else cfg.compare_steps
         compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps=steps, stage="compare", out=out,

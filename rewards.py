@@ -3064,10 +3064,6 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get("file"), str):
             raise ValueError(f"{listing}: row {i} names no file")
-    there = {path.name for path in folder.glob("*") if path.suffix.lower() in IMAGES}
-    if rest := there - {row["file"] for row in rows}:
-        tqdm.write(f"left out: {len(rest)} of the {len(there)} images in {folder}, which {listing.name} does not list, "
-                   f"{min(rest)} for one", file=sys.stderr)
     check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
     sizes, area = {}, 0                                                # images of one size make one batch
@@ -3092,6 +3088,10 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
             area -= sum(map(flush, list(sizes)))
     for shape in list(sizes):
         flush(shape)
+    there = {path.name for path in folder.glob("*") if path.suffix.lower() in IMAGES and path.is_file()}
+    if rest := there - {os.path.normpath(row["file"]) for row in rows}:
+        tqdm.write(f"left out: {len(rest)} of the {len(there)} images in {folder}, which {listing.name} does not list, "
+                   f"{min(rest)} for one", file=sys.stderr)
     return rows
 
 

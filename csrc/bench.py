@@ -306,9 +306,9 @@ def score(device, small, images, seconds, only=()):
         large_images = torch.nn.functional.interpolate(torch.rand(images, 3, 9, 9, generator=g), 512, mode="bicubic")
         large_images = sign(large_images.clamp(0, 1)).to(device)
         meta = {"include": [{"class": "cat", "count": 1, "color": "red"}], "tag": "colors", "target": "HELLO WORLD"}
-        for name in rewards.REWARDS:
-            if name in ("deqa", "unigenbench", *rewards.NUMBER) or only and name not in only:
-                continue                                               # a server's time is its own
+        names = [name for name in rewards.REWARDS if name not in ("deqa", "unigenbench", *rewards.NUMBER)]
+        check_names(only, names)                                       # without judges': a server's time is its own
+        for name in only or names:
             tiny = name.startswith(("shapes", "tiny-clip"))
             for dtype in ("float32", "bfloat16"):
                 metas = world if tiny else [meta] * images
@@ -328,6 +328,11 @@ def score(device, small, images, seconds, only=()):
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
     return rows
+
+
+def check_names(only, known):
+    if odd := [name for name in only if name not in known]:
+        sys.exit(f"{', '.join(odd)}: not one of {', '.join(known)}")
 
 
 def sign(images):
@@ -366,6 +371,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="ops: float32 only; rewards: three calls; "
                         "model: the first run of the list and one peer")
     args = parser.parse_args()
+    if args.what != "rewards":
+        check_names(args.only, ops.NAMES if args.what == "ops" else sorted({run[1] for run in MODEL_RUNS}))
     devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     if "cuda" in devices and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch finds no NVIDIA GPU that it can use")

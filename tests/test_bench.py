@@ -181,6 +181,21 @@ def test_two_processes_make_the_same_folder(tmp_path, model):
     assert "4 images are there" in run(tmp_path / "2", 2) and contents(tmp_path / "2") == one
 
 
+def test_some_rewards_and_ops_alone(capsys, monkeypatch):
+    rows = speed.score("cpu", True, 1, 0, ["tiny-clip", "shapes"])
+    assert [(name, dtype) for name, dtype, _ in rows] == [
+        ("tiny-clip", "float32"), ("tiny-clip", "bfloat16"), ("shapes", "float32")]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "ops", "group_advantage", "--quick", "--device", "cpu"])
+    speed.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if " float32 " in line]
+    assert lines and all(line.startswith(("group_advantage", "  by the batch")) for line in lines)
+    for words in (["ops", "nope"], ["rewards", "deqa"], ["model", "tiny"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        with pytest.raises(SystemExit, match=f"{words[1]}: not one of"):
+            speed.main()
+
+
 def test_one_folder_holds_one_protocol(tmp_path, model, capsys):
     out = tmp_path / "out"
     bench(out, *model, "--reward", "shapes-soft")
@@ -204,6 +219,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     file.write_text("a cat\n")
     assert "add --reward" in refused(capsys, "--benchmark", file)
     assert "unknown prompts 'beauty'" in refused(capsys, "--benchmark", "beauty", "--reward", "shapes")
+    assert "none.txt: No such file" in refused(capsys, "--benchmark", tmp_path / "none.txt")
     assert "leave the weights away" in refused(capsys, *model, "--reward", "shapes:2")
     assert "unknown reward" in refused(capsys, *model, "--reward", "beauty")
     assert "--per-prompt -1" in refused(capsys, "--per-prompt", -1)

@@ -127,6 +127,10 @@ def test_what_is_saved_over_shards_is_what_is_read(tmp_path):
     net.proj_out.bias.data.fill_(7)
     net.save_pretrained(tmp_path)
     assert MMDiT.from_pretrained(tmp_path).proj_out.bias.eq(7).all() and len(list(tmp_path.iterdir())) == 2
+    saved_mmdit(tmp_path / "a", max_shard_size="100KB", variant="fp16")                    # another variant stays whole
+    files = {file.name for file in (tmp_path / "a").iterdir()}
+    net.save_pretrained(tmp_path / "a")
+    assert {file.name for file in (tmp_path / "a").iterdir()} == files | {"diffusion_pytorch_model.safetensors"}
 
 
 def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path, monkeypatch):
@@ -930,6 +934,11 @@ def test_a_lora_that_cannot_be_read_leaves_the_network_as_it_was(tmp_path):
         with pytest.raises(ValueError, match="is missing"):
             models.load_lora(net, tmp_path / "lora.safetensors")
     assert not models.lora_layers(bare) and list(bare.state_dict()) == names
+    trained = MMDiT(**SD35M)
+    with pytest.raises(ValueError, match="is missing"):
+        models.load_lora(trained, tmp_path / "lora.safetensors")
+    assert all(p.requires_grad for p in trained.parameters())
+    assert not any("lora" in name for module in trained.modules() for name in vars(module))
     assert all(map(torch.equal, ours.parameters(), before))
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):

@@ -495,7 +495,7 @@ def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path
         "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox,tiny-prox",
         "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
-    assert [line[0] for line in lines[4:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox", "hybrid tiny-prox 2"]
+    assert [line[0] for line in lines[4:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox", "hybrid tiny-prox 3"]
     assert float(lines[5][1]) < .1 < float(lines[6][1]) == float(lines[7][1])              # untrained, and trained
 
 
@@ -508,7 +508,7 @@ def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
     monkeypatch.setattr(proxt2i, "compare", lambda cfg: seen.append(cfg.resume) or honest(cfg))
     Path("taken").mkdir()
     Path("taken/notes.txt").write_text("mine")
-    for bad in (["--reward", "nope"], ["--method", "score"], ["--out", "taken"]):
+    for bad in (["--reward", "nope"], ["--out", "taken"], ["--out", "taken/notes.txt"]):
         with pytest.raises(SystemExit):
             run([*line, *bad], capsys)
     assert not seen and not Path("out-compare").exists()

@@ -455,8 +455,17 @@ def test_command_line(tmp_path, capsys, reward_file, monkeypatch):
     listing = tmp_path / "prompts.jsonl"
     listing.write_text("\n".join(map(json.dumps, rows)))
     rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)])
-    last = capsys.readouterr().out.splitlines()[-1].split()
-    assert last == ["all", "5", "1.0000", "0"]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].split() == ["all", "5", "1.0000", "0"] and "left out" not in said.err
+    listing.write_text("\n".join(json.dumps(row | {"file": f"./{row['file']}"}) for row in rows[1:]))
+    rewards.main(["--reward", "shapes-strict", "--images", str(tmp_path)])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].split() == ["all", "4", "1.0000", "0"]
+    assert "left out: 1 of the 5 images" in said.err and said.err.rstrip().endswith("does not list, 0.png for one")
+    with pytest.raises(SystemExit):
+        rewards.main(["bnech"])
+    assert "unknown command 'bnech': bench, geneval, train-proxy" in capsys.readouterr().err
+    listing.write_text("\n".join(map(json.dumps, rows)))
     rewards.main(["--reward", "shapes-strict:2,shapes-soft:-1", "--images", str(tmp_path)])
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert said[0][-4:] == ["reward", "shapes-strict", "shapes-soft", "failed"]
