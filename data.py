@@ -1905,7 +1905,7 @@ class Run:
                 for g in range(0, mine, most)]
 
     def pieces(self, chunks):
-        """What a rollout has at once of its chunks, as slices: in bf16 a result depends on the batch's size."""
+        """The slices that a rollout takes at once of its chunks, as in bf16 a result depends on the batch's size."""
         size = self.cfg.micro_batch
         return [slice(i, min(i + size, s.stop)) for s, _ in chunks for i in range(s.start, s.stop, size)]
 

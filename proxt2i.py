@@ -161,7 +161,7 @@ class Config:
                 pda_lambdas(n)
 
 
-FOR_TRAINING = dict(lora_rank=0, compile=False, fsdp=False, merge_lora=False)
+FOR_TRAINING = dict(lora_rank=0, compile=False, fsdp=False, merge_lora=False)      # what sample and compare go without
 HOLD_EVERY = 4                              # images 0, 4, ... of each group hold the last landing, Eq. (10)
 SAMPLERS = {"hybrid": "prox", "pda": "prox",                          # and the method of the networks that they take;
             "sde": "score", "sde-mean": "score", "ode": "score", "dpm": "score"}   # sde-mean: the last noise left out
@@ -213,8 +213,9 @@ def pda_lambdas(n):
     """PDA's lambda = gamma / (1 - gamma/2) of n uniform steps, from t = 1 down. Raises ValueError where gamma >= 2."""
     gammas = [beta_integral(k / n, (k + 1) / n) for k in reversed(range(n))]
     if gammas[0] >= 2:
+        least = next(m for m in range(n, 1000) if beta_integral(1 - 1 / m, 1.0) < 2)
         raise ValueError(f"{n} steps of PDA: gamma of the first is {gammas[0]:.2f}, and Eq. (5) divides by 1 - "
-                         f"gamma/2: gamma < 2 takes 10 steps or more; the hybrid scheme takes any number")
+                         f"gamma/2: gamma < 2 takes {least} steps or more; the hybrid scheme takes any number")
     return [gamma / (1 - gamma / 2) for gamma in gammas]
 
 
@@ -628,7 +629,8 @@ def train_rl(cfg):
                                        for p in run.pieces(chunks) for k in trained])
         logs, differences = torch.zeros(6, device=run.device, dtype=states.dtype), []      # loss, kl, stats, hold
         for update in range(cfg.updates):
-            m = candidates[int(len(candidates) * data.uniform(1, cfg.seed, step, update, "hold")[0])]    # m: Eq. (10)'s
+            u = data.uniform(1, cfg.seed, step, update, "hold")[0]
+            m = candidates[int(len(candidates) * u)]                   # of m steps the last landing is held, Eq. (10)
             for some, own in run.portions(update):                     # indices of its images; own []: for shards only
                 share = len(own) * cfg.updates / (cfg.groups * cfg.group_size * len(trained))
                 part, text = states[:, some], [c[some] for c in ctx]

@@ -506,11 +506,9 @@ def train(cfg):
         adv = run.mine(adv).to(run.device, x.dtype)                    # (B,)
         # 4. Update. Score the stored steps again under the current weights, one at a time to save memory.
         if not checked:                                                # the same weights must give the same log-probs
-            pieces = [slice(k, min(k + cfg.micro_batch, s.stop)) for s, _ in chunks    # the rollout's: in bf16 a result
-                      for k in range(s.start, s.stop, cfg.micro_batch)]                # depends on the batch's size
             with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(x[:, p], i, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[i][p]
-                                       for p in pieces for i in trained])
+                                       for p in run.pieces(chunks) for i in trained])
         logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
         norms = []                                                     # gradient norms of the updates that are made
         for update in range(cfg.updates):
