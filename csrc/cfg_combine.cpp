@@ -1,6 +1,7 @@
 // Classifier-free guidance, uncond + scale (cond - uncond), and its gradients: the maths is in cfg_combine.cu.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <ATen/EmptyTensor.h>
 #include "common.h"
 
 namespace {
@@ -8,7 +9,7 @@ namespace {
 Tensor forward_cpu(const Tensor& uncond, const Tensor& cond, double scale) {
     check_same("cfg_combine", uncond, cond);
     auto u = uncond.expect_contiguous(), c = cond.expect_contiguous();
-    auto out = at::empty(u->sizes(), u->options());
+    Tensor out = at::detail::empty_cpu(u->sizes(), u->scalar_type());
     DISPATCH(*u, "cfg_combine", [&] {
         using Vec = at::vec::Vectorized<at::opmath_type<scalar_t>>;
         auto *pu = u->const_data_ptr<scalar_t>(), *pc = c->const_data_ptr<scalar_t>();
@@ -108,11 +109,11 @@ bool followed(const Tensor& x) {                                           // Fu
     return (at::GradMode::is_enabled() && x.requires_grad()) || torch::autograd::isFwGradDefined(x);
 }
 
-Tensor combine_autograd(const Tensor& uncond, const Tensor& cond, double scale) {
+Tensor combine_autograd(c10::DispatchKeySet keys, const Tensor& uncond, const Tensor& cond, double scale) {
     check_same("cfg_combine", uncond, cond);                               // before one of two devices is chosen
     if (followed(uncond) || followed(cond)) return Combine::apply(uncond, cond, scale);
-    at::AutoDispatchBelowADInplaceOrView below;
-    return combine(uncond, cond, scale);
+    static auto op = find<Tensor(const Tensor&, const Tensor&, double)>("t2i::cfg_combine");
+    return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, uncond, cond, scale);
 }
 
 std::tuple<Tensor, Tensor> split_autograd(const Tensor& grad, double scale) {

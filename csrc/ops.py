@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
@@ -35,10 +36,12 @@ CACHE = Path(os.environ.get("T2I_OPS_CACHE") or os.path.expanduser("~/.cache/t2i
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 lib = None                                                               # torch.ops.t2i once a library is loaded
-combine = None                                                           # its cfg_combine, straight to C++
+direct = None                                                            # the same ops, straight to C++
 devices = ()                                                             # the device types that it was built for
 problem = ""                                                             # why a cached library could not be loaded
 wanted = True                                                            # False: the twins, whatever is built
+compiling = torch.compiler.is_dynamo_compiling                                  # found once: a small call is all overhead
+transformed = torch._C._are_functorch_transforms_active
 
 
 # == The operations ==
@@ -55,8 +58,8 @@ def prox_matching_loss(pred, target, zeta):
         raise ValueError(f"prox_matching_loss: pred is {tuple(pred.shape)}, it takes (B, ...), a batch of samples.")
     if not zeta > 0:
         raise ValueError(f"prox_matching_loss: zeta={zeta}, the width of the loss must be above 0.")
-    if compiled(pred):
-        return call(lib.prox_matching_loss, pred, target, zeta)[0]
+    if fused := compiled(pred):
+        return call(fused.prox_matching_loss, pred, target, zeta)[0]
     return prox_matching_loss_ref(pred, target, zeta)
 
 
@@ -72,11 +75,11 @@ def cfg_combine(uncond, cond, scale):
     uncond, cond: any shape, equal shapes, dtypes and devices (else ValueError); scale: float.
     Returns the same shape and dtype, contiguous. Differentiable in uncond and cond, any number of times.
     """
-    if not compiled(uncond):
+    if not (fused := compiled(uncond)):
         check_same("cfg_combine", uncond=uncond, cond=cond)
         return cfg_combine_ref(uncond, cond, scale)
     try:
-        return (lib.cfg_combine if torch.compiler.is_compiling() else combine)(uncond, cond, scale)
+        return fused.cfg_combine(uncond, cond, scale)
     except ValueError:
         check_same("cfg_combine", uncond=uncond, cond=cond)              # says which is which
         raise
@@ -120,10 +123,10 @@ def linear_step(x, cond=None, a=1.0, b=0.0, std=0.0, uncond=None, scale=1.0, w=N
     if std < 0 or given > 1 or (std and not given):
         raise ValueError(f"linear_step: std={std} with {given} of eps, key and x_next: a step with noise takes one.")
     scale = 1.0 if uncond is None else scale                             # the backward pass multiplies by it
-    if not compiled(x):
+    if not (fused := compiled(x)):
         return linear_step_ref(x, cond, a, b, std, uncond, scale, w, c, eps, key, x_next, mean)
     key = ((key[0] + 2**63) % 2**64 - 2**63, *key[1:]) if key else ()    # the op's integers have a sign
-    out, logp = call(lib.linear_step, x, cond, uncond, w, eps, x_next, a, b, scale, c, std, key, mean)
+    out, logp = call(fused.linear_step, x, cond, uncond, w, eps, x_next, a, b, scale, c, std, key, mean)
     return out if x_next is None or mean else None, logp if std else None
 
 
@@ -242,8 +245,8 @@ def group_advantage(reward, group_size, std="group", clip=math.inf):
     Returns (B,) float32, float64 for float64; a constant group gives exactly 0. A constant for autograd: no gradient.
     """
     check_rewards("group_advantage", reward, group_size, std, STD, clip)
-    if compiled(reward):
-        return call(lib.group_advantage, reward.detach(), group_size, STD.index(std), 0.0, False, False, clip)
+    if fused := compiled(reward):
+        return call(fused.group_advantage, reward.detach(), group_size, STD.index(std), 0.0, False, False, clip)
     return group_advantage_ref(reward, group_size, std, clip)
 
 
@@ -289,11 +292,11 @@ def slas_advantage(reward, group_size, gamma, recenter=False, std="batch", clip=
     check_rewards("slas_advantage", reward, group_size, std, SLAS_STD, clip)
     if not gamma >= 0:
         raise ValueError(f"slas_advantage: gamma={gamma}, it must be 0 or more.")
-    if not compiled(reward):
+    if not (fused := compiled(reward)):
         return slas_advantage_ref(reward, group_size, gamma, recenter, std, clip)
     before, after = SLAS_STD[std]
     by = CENTRED if before else STD.index("none")
-    return call(lib.group_advantage, reward.detach(), group_size, by, gamma, recenter, bool(after), clip)
+    return call(fused.group_advantage, reward.detach(), group_size, by, gamma, recenter, bool(after), clip)
 
 
 def slas_advantage_ref(reward, group_size, gamma, recenter=False, std="batch", clip=math.inf):
@@ -322,8 +325,8 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     check_same("dgpo_loss", dsm=dsm, adv=adv)
     if dsm.dim() != 1 or group_size < 1 or len(dsm) % group_size:
         raise ValueError(f"dgpo_loss: dsm {tuple(dsm.shape)} does not fill groups of group_size={group_size}.")
-    if compiled(dsm):
-        return call(lib.dgpo_loss, dsm, dsm_ref, adv.detach(), group_size, beta)[0]
+    if fused := compiled(dsm):
+        return call(fused.dgpo_loss, dsm, dsm_ref, adv.detach(), group_size, beta)[0]
     return dgpo_loss_ref(dsm, dsm_ref, adv, group_size, beta)
 
 
@@ -349,15 +352,18 @@ def check_same(op, dtypes=True, **tensors):
 # == Which one runs ==
 
 def compiled(x):
-    """Whether the compiled op takes a tensor like x. In torch.func's transforms and in forward mode the twins do it."""
-    return lib is not None and wanted and (x.is_cpu or x.is_cuda and "cuda" in devices) and (
-        torch.compiler.is_compiling() or not (
-            forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()))
+    """The compiled ops for a tensor like x, or None: the twins. These do torch.func's transforms and forward mode."""
+    if lib is not None and wanted and (x.is_cpu or x.is_cuda and "cuda" in devices):
+        if compiling():
+            return lib                                                   # torch.compile follows these
+        if forward_ad._current_level < 0 and not transformed():
+            return direct
+    return None
 
 
 def call(op, *args):
     """op(*args), past autograd where nothing asks for gradients: its share of a small call is two thirds."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if compiling() or torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -405,7 +411,7 @@ def find_nvcc():
 
 def load():
     """Loads what is cached for these sources and this PyTorch, if anything is. True: the compiled ops are there."""
-    global lib, combine, devices, problem
+    global lib, direct, devices, problem
     for kind in ("cuda", "cpu") if torch.version.cuda else ("cpu",):
         path = library(kind)
         if lib is None and path.exists():
@@ -416,7 +422,8 @@ def load():
                 continue
             register(torch.ops.t2i)
             lib, devices = torch.ops.t2i, ("cpu", "cuda") if kind == "cuda" else ("cpu",)
-            combine = lib.cfg_combine.default._op
+            names = "prox_matching_loss", "cfg_combine", "linear_step", "group_advantage", "dgpo_loss"
+            direct = SimpleNamespace(**{name: getattr(lib, name).default._op for name in names})
     return lib is not None
 
 
