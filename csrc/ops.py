@@ -40,7 +40,7 @@ direct = None                                                            # the s
 devices = ()                                                             # the device types that it was built for
 problem = ""                                                             # why a cached library could not be loaded
 wanted = True                                                            # False: the twins, whatever is built
-compiling = torch.compiler.is_dynamo_compiling                                  # found once: a small call is all overhead
+compiling = torch.compiler.is_dynamo_compiling                           # both found once: a small call is all overhead
 transformed = torch._C._are_functorch_transforms_active
 
 
