@@ -1592,7 +1592,8 @@ def load_policy(cfg, run, fresh=False):
 
 @contextlib.contextmanager
 def exit_codes(advice=""):
-    """0 done; 2 and one line for what our own code refuses or a GPU that is too small; 1 and a traceback for a bug.
+    """0 done; 2 and one line for what our own code refuses or a GPU that is too small; 1 and a traceback for a bug;
+    130 and a word for Ctrl-C where it ends the process at once.
 
     advice: what helps against too small a GPU, where that is not --gpu-memory. A reward that a thread still computes is
     not waited for.
@@ -1618,9 +1619,18 @@ def exit_codes(advice=""):
         os._exit(2) if dist.is_initialized() or busy() else sys.exit(2)    # others may wait in a collective
     except SystemExit:
         raise
+    except KeyboardInterrupt:                                          # raised again, so that a shell's loop ends, too
+        sys.excepthook = without_traceback
+        crash(130)
+        raise
     except BaseException:                                              # with torch.distributed.checkpoint's own kind
         crash()
         raise
+
+
+def without_traceback(kind, error, trace):
+    """In place of sys.excepthook: Ctrl-C in a word, anything else as ever."""
+    print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
 
 
 def busy():
@@ -1628,13 +1638,13 @@ def busy():
     return any([scoring.drop() for scoring in Scoring.made])
 
 
-def crash():
+def crash(status=1):
     """End at once, with a traceback, where other processes may wait in a collective or a thread computes a reward."""
     if dist.is_initialized() and dist.get_world_size() > 1 or busy():
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(status)
 
 
 def join(device=None, alone=False):
@@ -1656,6 +1666,13 @@ def join(device=None, alone=False):
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**backend, timeout=datetime.timedelta(minutes=30))
     return rank, world, device
+
+
+def leave():
+    """Leave the process group that `join` made, once all processes have come so far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def refuse_taken(out):
@@ -1757,15 +1774,15 @@ class Run:
             few = cfg.steps * cfg.groups < len(rows)                   # so few steps: theirs alone
             drawn = [row for step in range(cfg.steps) for row in self.drawn(rows, step)] if few else rows
             self.prepare([*drawn, *self.test, *self.val])
-        if threading.current_thread() is threading.main_thread():      # until here there is nothing to be saved
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, self._stop)
         self.make_out()
         self.restore()
         if rows and cfg.eval_every and not self.state:
             row = validate(self)
             self.say(f"before: {cfg.eval_reward} {row['eval']:.3f} on {len(self.val)} validation images, guidance "
                      f"{cfg.cfg_eval:g}")
+        if threading.current_thread() is threading.main_thread():      # until here there is nothing to be saved
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self._stop)
 
     def make_out(self):
         """Make OUT; on --resume, take back the rows that the lost steps wrote."""
@@ -2734,9 +2751,7 @@ def finish(run, start):
                     for tag in tags["after"]) +
             f"\npictures: {run.out / 'samples' / 'before_after.png'}")
     last_line(run, {key: round(value, 4) for key, value in row.items()}, seconds)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 def painted(run, sample, pipe, rows, judges, title):

@@ -735,6 +735,7 @@ def main(argv=None):
         if not stage and not cfg.resume and not {"--steps", "--minutes"} & typed:
             return quick_start(cfg)
         {"rl": train_rl, "train": train, "finetune": train, "sample": sample_stage, "compare": compare}[cfg.stage](cfg)
+        data.leave()                                                   # sample and compare are still in it
 
 
 if __name__ == "__main__":

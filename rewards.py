@@ -3002,9 +3002,7 @@ def bench(args):
             bar.update(len(new))
     if rank == 0:
         bench_report(args, protocol, asked, rows, out)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    data.leave()
 
 
 def bench_report(args, protocol, asked, rows, out):

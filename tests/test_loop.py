@@ -267,7 +267,8 @@ def test_a_failure_with_chunks_in_the_queue_is_an_error_like_others(flags, capsy
 
 @pytest.mark.parametrize("ends, status, words", (
     ("lambda self: data.masked('mine', torch.full((8,), torch.nan))", 2, "error: the reward mine gave NaN"),
-    ("lambda self: (_ for _ in ()).throw(KeyboardInterrupt)", 1, "KeyboardInterrupt")))
+    ("lambda self: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted"),
+    ("lambda self: (_ for _ in ()).throw(RuntimeError('a bug'))", 1, "RuntimeError: a bug")))
 def test_a_run_that_ends_early_waits_for_no_reward(flags, ends, status, words):
     """Two chunks, a minute each; left to itself the thread would score both before the process may end."""
     Path("hangs.py").write_text("import time\n\n\ndef score(images, prompts, metas):\n    time.sleep(60)\n"
@@ -277,7 +278,7 @@ def test_a_run_that_ends_early_waits_for_no_reward(flags, ends, status, words):
     child = subprocess.Popen([sys.executable, "-c", code, *line], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                              env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
     said = child.communicate(timeout=50)[1]
-    assert child.returncode == status and words in said, said
+    assert child.returncode == status and words in said and ("Traceback" in said) == (status == 1), said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device: needs a gpu")
@@ -418,6 +419,16 @@ def test_ctrl_c_at_a_terminal_exits_with_0(flags):
     assert torch.load("out/last/state.pt", weights_only=True)["count"]["step"] == last["steps"] >= 3
 
 
+def test_ctrl_c_before_the_first_step_ends_at_once(flags):
+    """There is nothing to save and nothing to evaluate. The process dies of the signal, so that a shell's loop ends."""
+    Path("stops.py").write_text("import os\nimport signal\n\n\ndef score(images, prompts, metas):\n"
+                                "    os.kill(os.getpid(), signal.SIGINT)\n    return images.mean((1, 2, 3))\n")
+    child = process(ROOT / "dgpo.py", [*flags(eval_every=1), "--eval-reward", "stops.py:score"])
+    _, err = child.communicate(timeout=600)
+    assert child.returncode == -signal.SIGINT and err.splitlines()[-1] == "interrupted" and "Traceback" not in err
+    assert not Path("out/evals.jsonl").read_text() and not Path("out/last/state.pt").exists()
+
+
 @BOTH
 def test_resume_takes_what_is_not_typed_from_the_run(module, flags):
     """--out and --resume are enough; what only says where, and in what portions, may change."""
@@ -507,13 +518,14 @@ def test_before_a_run_has_begun_signals_end_it(flags, monkeypatch):
     """And so they do in proxt2i.py's compare and sample, which have nothing to save."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     seen = []
-    monkeypatch.setattr(data.Run, "prepare", lambda self, rows: seen.append(
-        {name: signal.getsignal(name) for name in before}))
+    for place, name in (data.Run, "prepare"), (data, "evaluate"):     # texts are encoded; the start is scored
+        monkeypatch.setattr(place, name, lambda *args, there=getattr(place, name): (seen.append(
+            {name: signal.getsignal(name) for name in before}), there(*args))[1])
     done = data.Run.steps
     monkeypatch.setattr(data.Run, "steps", lambda self, *args, **more: (seen.append(signal.getsignal(signal.SIGTERM)),
                                                                         done(self, *args, **more))[1])
-    run(dgpo, flags())
-    assert seen[0] == before and seen[1] not in before.values()
+    run(dgpo, flags(eval_every=10))
+    assert seen[:2] == [before, before] and seen[2] not in before.values()
 
 
 @BOTH

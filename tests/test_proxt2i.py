@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -489,14 +490,16 @@ def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
 
 
 def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path, capsys, monkeypatch):
-    """--weights are the first model's alone: beside it the same name stands for what ships."""
+    """--weights are the first model's alone: beside it the same name stands for what ships. In a group, it is left."""
     monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     proxt2i.main([str(word) for word in (
         "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox,tiny-prox",
         "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     assert [line[0] for line in lines[4:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox", "hybrid tiny-prox 3"]
     assert float(lines[5][1]) < .1 < float(lines[6][1]) == float(lines[7][1])              # untrained, and trained
+    assert not dist.is_initialized()
 
 
 def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
