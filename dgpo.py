@@ -14,8 +14,8 @@ Paper: Luo et al., arXiv:2510.08425. (n) is this file's number, [n] the paper's.
 Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -(l - l_ref); (4) says that G+
 beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops out.
 Departs from the paper: l is a mean over the latent's D dimensions; beta is the paper's times T, G and D, as in the
-released code; the loss is divided by beta. (6)'s KL, the clip of l, the cut of advantages and times from the sampler's
-grid are the released code's; hold and the tiny preset's moving reference are ours: README, "What keeps DGPO stable".
+released code; the loss is divided by beta. (6)'s KL, the clip of l, the cut of advantages, times from the sampler's
+grid and a moving reference are the released code's; hold is ours: README, "What keeps DGPO stable".
 
     python dgpo.py                                              # the tiny model, minutes on a laptop CPU
     torchrun --nproc_per_node 2 dgpo.py                         # the same run on two processes
@@ -34,13 +34,14 @@ from csrc import ops
 # ============================================================================================================= Config
 
 
+# [source] behind a default: where it comes from; [source: 16]: there it is 16.
 @dataclass
 class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
     weights: str = ""                   # its directory or original single file, where it is not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
-    preset: str = ""                    # tiny, paper (Alg. 1 as printed), official (the released GenEval run)
+    preset: str = ""                    # tiny, paper (Alg. 1, else as released), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
@@ -128,8 +129,8 @@ RELEASED = dict(prompts="geneval", reward="geneval", eval_reward="geneval",     
                 minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=24, merge_lora=True,
                 overlap=True)                                          # these two lines ours
 OFFICIAL = dict(groups=8, group_size=16, t_min=0.8, grid=True, clip_range=1e-2, clip_old="ema", ema=0.3, ema_ramp=1e-3,
-                rollout="ema", rollout_after=500)                      # the released code's departures from Alg. 1
-PAPER = dict(timesteps=1, ema=0.0, kl_beta=0.0, group_size=24, groups=32, t_min=0.6)      # Alg. 1; sizes, t_min: ours
+                rollout="ema", rollout_after=501)                      # the released code's departures from Alg. 1
+PAPER = dict(timesteps=1, ema=0.0, kl_beta=0.0, group_size=24, groups=32, t_min=0.6)      # Alg. 1; sizes and t_min ours
 MODEL = {
     "sd3": dict(solver="dpm", schedule="dpm", shift=3.0, eval_steps=14, lora_rank=64, cfg_rollout=4.5, cfg_eval=4.5),
     "flux": dict(eval_steps=28, lora_rank=64, guidance=3.5),           # no run of these two is published: their own
@@ -150,7 +151,15 @@ def group_advantage(reward, group_size, std="group"):
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
     Returns (B,). Raises ValueError if B is no multiple of group_size.
     """
-    return ops.group_advantage(reward, group_size, std)
+    ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
+    if ops.compiled(reward):
+        return ops.group_advantage(reward, group_size, std)            # the same in one kernel
+    r = reward.view(-1, group_size)                                    # (P, G)
+    r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
+    dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
+    by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+    return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # Eq. (1)
 # == end ==
 
 
@@ -430,15 +439,15 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
     def dsm_of(v, p=slice(None)):                                      # (b,)  Eq. (3)
         return dsm_loss(v, x_0[p], eps[p], t[p], cfg.dsm, ddpm)
 
-    def by(weights, scale):                                            # (B, C, H, W), without gradients
+    def frozen(weights, scale):                                        # (B, C, H, W), without gradients
         with torch.no_grad(), models.using(params, weights):           # the same network, other weights in it
             return torch.cat([velocity(scale, p) for p in pieces])
-    v_ref = by(ref, cfg.cfg_ref)
-    v_kl, dsm_ref = v_ref if kl_ref is ref else by(kl_ref, cfg.cfg_ref), dsm_of(v_ref)
-    dsm_old = dsm_of(by(clip_old, cfg.cfg_train)) if cfg.clip_range else None
-    if len(pieces) > 1:                                                # z_g first, then the group in parts
-        dsm = dsm_of(by(None, cfg.cfg_train))
-        slope, whole = dgpo_slope(dsm, dsm_ref, adv, G, cfg.beta), dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)
+    v_ref = frozen(ref, cfg.cfg_ref)
+    v_kl, dsm_ref = v_ref if kl_ref is ref else frozen(kl_ref, cfg.cfg_ref), dsm_of(v_ref)
+    dsm_old = dsm_of(frozen(clip_old, cfg.cfg_train)) if cfg.clip_range else None
+    if len(pieces) > 1:                                                # z_g wants all l of its group before any part
+        dsm = dsm_of(frozen(None, cfg.cfg_train))
+        slope, group_loss = dgpo_slope(dsm, dsm_ref, adv, G, cfg.beta), dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)
     for p in pieces:
         v = velocity(cfg.cfg_train, p)
         dsm = dsm_of(v, p)
@@ -447,11 +456,11 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
         if len(pieces) > 1:
             loss = (slope[p] * adv[p] * dsm).mean()
         else:
-            whole = dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)          # Eq. (4)
-            loss = whole / cfg.beta
+            group_loss = dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)     # Eq. (4)
+            loss = group_loss / cfg.beta
         kl, share = (v - v_kl[p]).square().mean(), len(v) / total
         ((loss + cfg.kl_beta * kl) * share).backward()
-        logs += torch.stack([whole, kl, dsm.mean()]).detach() * share
+        logs += torch.stack([group_loss, kl, dsm.mean()]).detach() * share
     return logs
 
 
@@ -505,11 +514,11 @@ def train(cfg):
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         source = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"   # whose weights sample
-        old = {"current": None, "ema": ema, "start": start}[source]
+        sampler = old = {"current": None, "ema": ema, "start": start}[source]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
-            old = [p.detach().clone() for p in old or params]
+            old = [p.detach().clone() for p in sampler or params]
         x_0 = []
-        with models.using(params, old):
+        with models.using(params, sampler):
             for s, groups in run.chunks(cfg.group_size):               # one is scored while the next is sampled
                 x_0.append(rollout(pipe, [c[s] for c in ctx], null, cfg, step, groups))
                 scoring.add(pipe.decode(x_0[-1]), prompts[s], metas[s])
@@ -540,7 +549,7 @@ def train(cfg):
                         logs[3] += hold(net, params, start, x_0[s], eps, text, null, keys, G, total, cfg, pipe.ddpm)
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
-                decay = min(cfg.ema, cfg.ema_ramp * run.count["updates"]) if cfg.ema_ramp else cfg.ema
+                decay = min(cfg.ema, cfg.ema_ramp * (run.count["updates"] - 1)) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
         # 5. Report
         loss, kl, dsm, held = (run.sum(logs) / cfg.updates).tolist()

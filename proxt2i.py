@@ -4,9 +4,10 @@ A score sampler steps forwards, by the slope where it stands: x' = x + gamma (x/
 sampler adds the noise first (y) and goes by the slope where it lands: x' = y + lam score(x'). That x' is the proximal
 operator prox(y; t, lam) = argmin_u |u - y|^2 / 2 - lam ln p_t(u), and a network can learn it. Few steps suffice, and
 the chain is random by itself, so that policy gradients need no noise of their own.
-Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is this file's number, [n] the paper's.
+Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is this file's number, [n] the paper's;
+xi, the noise of a step, is `eps` in the code.
 
-    (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral over a step    beta_integral
+    (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral over a step       step_gamma
     (2) [8]    l = 1 - exp(-|pred - target|^2 / (d zeta^2)); zeta -> 0 finds the proximal operator   prox_matching_loss
     (3) [8]    y = X_t + sqrt(lam) eps; the network predicts (y - prox) / sqrt(lam), so its target is eps         train
     (4) [4, 6] y = (1 + gamma/2) x + sqrt(gamma) xi,  x' = prox(y; t', gamma)                          pda_hybrid_step
@@ -23,10 +24,11 @@ small zeta the network finds the mode x_0* of x_0 given y, and the step lands at
 at t = 0 and for Gaussian data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
 Slips in the paper's text, put right here: gamma below [2] and PDA's proximal operator lack a minus sign, the display
 before [6] halves gamma times the score, [A] sums down to k = 1, which has no density. Departs from it: gamma is beta's
-integral over a step, not beta at its start times its length; (2) is taken on the residual, as ProxDM's, which is [8]
-with zeta sqrt(lam) for zeta (--zeta-space x: as printed); log-probs and KL are means over the latent's dimensions, (8)
-over images and steps; DPM-Solver is the ++(2M) variant; in RL the score chain's last step is its mean, as the proximal
-chain's last adds no noise either.
+integral over a step, as in ProxDM's proximal samplers, and here in Euler's, too (--score-gamma start: [2]'s, beta at
+its start times its length); the network sees y scaled to variance 1, ProxDM's code feeds it as it is; (2) is taken on
+the residual, as ProxDM's, which is [8] with zeta sqrt(lam) for zeta (--zeta-space x: as printed); log-probs and KL are
+means over the latent's dimensions, (8) over images and steps; DPM-Solver is the ++(2M) variant; in RL the score chain's
+last step is its mean, as the proximal chain's last adds no noise either.
 
     python proxt2i.py                                   # compare the samplers, then a short RL run, on the tiny models
     python proxt2i.py train --method prox --out OUT     # proximal matching (or a score model: --method score)
@@ -50,6 +52,7 @@ from csrc import ops
 STAGES = ("compare", "rl", "train", "finetune", "sample")
 
 
+# [source] behind a default: where it comes from; [source: 16]: there it is 16.
 @dataclass
 class Config:
     model: str = "tiny-prox"            # tiny-prox, tiny-score, uvit, or a directory
@@ -71,6 +74,7 @@ class Config:
     sample_steps: int = 10              # N, steps of a rollout                                    [paper, App. C]
     eval_steps: int = 10                # the same for evaluation
     sampler: str = ""                   # prox: hybrid, pda; score: sde, sde-mean, ode, dpm; empty: --scheme's, or dpm
+    score_gamma: str = "integral"       # of sde, sde-mean, ode: beta's integral; start: beta(t) dt    [paper: start]
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
     compare_with: str = "tiny-score"    # more models, a comma between: names or directories, prox or score
     compare_rewards: str = ""           # more rewards that `compare` reports, a comma between
@@ -82,7 +86,7 @@ class Config:
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
     candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, App. C]
     zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, App. C]
-    zeta_start: float = 0.0             # zeta falls from here after the warm-up; 0: constant      [ProxDM: from 2 to 1]
+    zeta_start: float = 0.0             # zeta falls from here after the warm-up; 0: constant        [ProxDM: 2, then 1]
     warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
     zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, the network's answer; or x
     drop: float = 0.1                   # share of captions emptied, beside those that have none   [paper, App. C]
@@ -131,6 +135,7 @@ class Config:
     def __post_init__(self):
         data.check(self, words=dict(stage=STAGES, method=("prox", "score"), scheme=("hybrid", "pda"),
                                     predict=("noise", "v"), sampler=("", *SAMPLERS), zeta_space=("residual", "x"),
+                                    score_gamma=("integral", "start"),
                                     optimizer=("muon", "adamw"), adv_std=("group", "batch", "none")),
                    least=dict(zeta_start=0, drop=0, warmup=0, cooldown=0, kl_beta=0, hold=0, train_steps=0,
                               train_last=0, batch=1), positive=("zeta", "clip_range"))
@@ -169,7 +174,7 @@ SHORT = dict(minutes=1e6, eval_every=500, save_every=250, micro_batch=256, weigh
 TINY = {"train": SHORT | dict(lr=2e-3, steps=11000, zeta_start=1.0, zeta=0.5, dtype="bfloat16"),     # by stage
         "finetune": SHORT | dict(lr=2e-4, steps=2000, zeta=0.5, dtype="bfloat16")}
 LONG = dict(prompts="data/prompts.txt", reward="pickscore", eval_reward="pickscore", predict="noise",
-            resolution=256, dtype="bfloat16", groups=72, group_size=24,      # 12 prompts a batch, 6 batches an update
+            resolution=256, dtype="bfloat16", score_gamma="start", groups=72, group_size=24,   # 12 prompts x 6 batches
             cfg_rollout=5.0, cfg_train=5.0, cfg_ref=5.0, cfg_eval=5.0, cfg_also=0.0, steps=1000, minutes=1e6, lr=1e-4,
             kl_beta=1e-3, hold=0.0, train_steps=0, train_last=0, updates=1, ema=0.0, optimizer="adamw",
             eval_images=1024, eval_every=50, micro_batch=24, overlap=True, compare_with="")  # ours: lr, clip, dtype too
@@ -194,13 +199,28 @@ def group_advantage(reward, group_size, std="group"):
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
     Returns (B,). Raises ValueError if B is no multiple of group_size.
     """
-    return ops.group_advantage(reward, group_size, std)
+    ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
+    if ops.compiled(reward):
+        return ops.group_advantage(reward, group_size, std)            # the same in one kernel
+    r = reward.view(-1, group_size)                                    # (P, G)
+    r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
+    dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
+    by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+    return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # Eq. (1)
 # == end ==
 
 
 def beta_integral(t0, t1):
-    """The integral of beta(t) = 0.1 + 19.9 t from t0 to t1, Eq. (1): the gamma of a step. Floats or tensors."""
+    """The integral of beta(t) = 0.1 + 19.9 t from t0 to t1, Eq. (1): a step's gamma. Floats or tensors.
+
+    The paper has beta_min and beta_max; .1 and 20 are ProxDM's code's."""
     return 0.1 * (t1 - t0) + 9.95 * (t1 ** 2 - t0 ** 2)
+
+
+def step_gamma(t, t_next, how="integral"):
+    """gamma of a step from t down to t_next: beta's integral or, with how = "start", Eq. [2]'s beta(t) (t - t_next)."""
+    return beta_integral(t_next, t) if how == "integral" else (0.1 + 19.9 * t) * (t - t_next)
 
 
 def alpha_bar(t):
@@ -225,7 +245,10 @@ def prox_matching_loss(pred, target, zeta):
     pred, target: (B, ...) of d numbers each; zeta: a float > 0. Small zeta: only hits count, and the minimiser
     tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Source: [8].
     """
-    return ops.prox_matching_loss(pred, target, zeta)
+    ops.check_same("prox_matching_loss", pred=pred, target=target)
+    if ops.compiled(pred):
+        return ops.prox_matching_loss(pred, target, zeta)              # the same in one kernel
+    return -torch.expm1(-(pred - target).square().flatten(1).mean(1) / zeta ** 2)          # 1 - exp(...)
 
 
 def draw_pairs(u, candidates, scheme="hybrid"):
@@ -332,15 +355,17 @@ def dpm_step(x_0hat, x_0hat_last, x, t_last, t, t_next):
     return sigma_next / sigma * x - alpha * math.expm1(-h) * d
 
 
-def run_chain(name, answer, x, n, draw):
+def run_chain(name, answer, x, n, draw, score_gamma="integral"):
     """Sample x_0 from noise x (B, C, H, W) in n uniform steps of the sampler `name`.
 
     answer: prox(y, t, lam) for hybrid and pda, score(x, t) for the others; draw(k): the noise of step k, n .. 1.
-    Euler-Maruyama as it stands (sde) also adds the last step's noise to the image; sde-mean leaves it out.
+    Euler-Maruyama as [2] has it (sde) adds the last step's noise to the image, too; sde-mean leaves it out, as ProxDM's
+    code does for images. score_gamma: how `step_gamma` is taken for these two and for ode.
     """
     ts, last, t_last = [k / n for k in range(n + 1)], None, None
     for k in range(n, 0, -1):
-        t, t_next, gamma = ts[k], ts[k - 1], beta_integral(ts[k - 1], ts[k])
+        t, t_next = ts[k], ts[k - 1]
+        gamma = step_gamma(t, t_next, score_gamma if SAMPLERS[name] == "score" else "integral")
         if name in ("hybrid", "pda"):
             x, _ = (pda_hybrid_step if name == "hybrid" else pda_step)(answer, x, t_next, gamma, draw(k))
         elif name in ("sde", "sde-mean"):
@@ -382,8 +407,8 @@ def answer_of(method, net, ctx, null, scale):
     score(x, t) = -n(x, t) / sqrt(1 - alpha_bar). eps and n are the network's answer, or follow from its v, Eq. (9):
     n = s x + a v is all of the input's noise, and sqrt(lam / (1 + lam)) / s of it is expected to be eps.
 
-    In training y has variance 1 + lam, and enters the network scaled to 1, which the paper does not say. A chain's own
-    y is wider, 1 + 2 gamma + gamma^2/4 on the first step, and enters by the same factor.
+    In training y has variance 1 + lam, and enters the network scaled to 1; ProxDM's code feeds y as it is. A chain's
+    own y is wider, 1 + 2 gamma + gamma^2/4 on the first step, and enters by the same factor.
     """
     def noise(x, t, lam):
         out = guided(net, x, t, lam, ctx, null, scale)
@@ -443,18 +468,18 @@ def sample(pipe, prompts, keys, cfg, scale):
             def draw(k):
                 return data.noises(shape, [(*key, k) for key in some], device, wide)
             answer = answer_of(cfg.method, pipe.net, ctx, null, scale)
-            x = run_chain(default_sampler(cfg), answer, draw("start"), cfg.eval_steps, draw)
+            x = run_chain(default_sampler(cfg), answer, draw("start"), cfg.eval_steps, draw, cfg.score_gamma)
             images.append(pipe.decode(x))
     return torch.cat(images)
 
 
-def kernel(method, answer, state, k, n):
+def kernel(method, answer, state, k, n, score_gamma="integral"):
     """The Gaussian that the chain's next state is drawn from, Eq. (7): its mean (B, C, H, W) and std, a float.
 
     prox: state = y_k, the next is y_{k-1}; score: state = x_k, the next is x_{k-1} (sde-mean). At k = 1 the mean is the
     image itself and std is 0: of n steps n - 1 are Gaussian.
     """
-    gamma = beta_integral((k - 1) / n, k / n)
+    gamma = step_gamma(k / n, (k - 1) / n, score_gamma if method == "score" else "integral")
     if method == "score":
         return sde_euler_step(answer, state, k / n, gamma, None), math.sqrt(gamma) if k > 1 else 0.0
     landed = answer(state, (k - 1) / n, gamma)                         # f(y_k; t_{k-1}, gamma_k)
@@ -462,7 +487,7 @@ def kernel(method, answer, state, k, n):
     return (1 + gamma_next / 2) * landed, math.sqrt(gamma_next)
 
 
-def hold_error(method, policy, reference, x_0, n, eps):
+def hold_error(method, policy, reference, x_0, n, eps, score_gamma="integral"):
     """Eq. (10): what the weights have moved of the last landing of a chain of n steps, mean |f - f_ref|^2, ().
 
     policy: a callable of `answer_of`; reference: the context in which its network has the reference's weights;
@@ -472,8 +497,8 @@ def hold_error(method, policy, reference, x_0, n, eps):
     a, gamma = alpha_bar(1 / n), beta_integral(0.0, 1 / n)
     y = x_0 + math.sqrt(gamma) * eps if method == "prox" else math.sqrt(a) * x_0 + math.sqrt(1 - a) * eps
     with torch.no_grad(), reference:                                   # first: see models.using on shards
-        landed_ref, _ = kernel(method, policy, y, 1, n)
-    landed, _ = kernel(method, policy, y, 1, n)
+        landed_ref, _ = kernel(method, policy, y, 1, n, score_gamma)
+    landed, _ = kernel(method, policy, y, 1, n, score_gamma)
     return (landed - landed_ref).square().mean()
 
 
@@ -497,7 +522,8 @@ def rollout(pipe, ctx, null, cfg, step, groups):
         state = (1 + gamma / 2) * state + math.sqrt(gamma) * draw("first")
     states = [state]
     for k in range(n, 0, -1):
-        means, (std, *_) = zip(*(kernel(cfg.method, answer, states[-1][p], k, n) for p, answer in zip(pieces, answers)))
+        means, (std, *_) = zip(*(kernel(cfg.method, answer, states[-1][p], k, n, cfg.score_gamma)
+                                 for p, answer in zip(pieces, answers)))
         x, logp_k = ops.linear_step(torch.cat(means), std=std, eps=draw(f"step {k}") if std else None)  # mean + std xi
         states.append(x)
         if std:
@@ -599,7 +625,8 @@ def train_rl(cfg):
 
     def rescore(states, k, text, scale):
         """Step k of stored states (n + 1, b, C, H, W) by the current weights; text: its ctx. logp (b,), mean, std."""
-        mean, std = kernel(cfg.method, answer_of(cfg.method, net, text, null, scale), states[n - k], k, n)
+        answer = answer_of(cfg.method, net, text, null, scale)
+        mean, std = kernel(cfg.method, answer, states[n - k], k, n, cfg.score_gamma)
         _, logp = ops.linear_step(mean, std=std, x_next=states[n - k + 1])     # gaussian_logp, None at k = 1
         return logp, mean, std
 
@@ -652,7 +679,8 @@ def train_rl(cfg):
                     eps = data.noises(shape, keys, run.device, states.dtype)
                     few = data.sent(torch.tensor(few), run.device)
                     policy = answer_of(cfg.method, net, [c[few] for c in ctx], null, cfg.cfg_train)
-                    hold_loss = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps)
+                    hold_loss = hold_error(cfg.method, policy, models.using(params, start), states[-1, few], m, eps,
+                                           cfg.score_gamma)
                     (cfg.hold * hold_loss * weight).backward()
                     logs[-1] += hold_loss.detach() * weight
             if not checked:                                            # the update's own passes must agree, too,
@@ -712,7 +740,7 @@ def quick_start(cfg):
     if cfg.out:
         data.refuse_taken(Path(cfg.out))                               # refused now, not later
     rewards.load(cfg.reward, device=cfg.reward_device or data.join()[2])                   # and so is a bad reward
-    out = f"{cfg.out}-compare" if cfg.out else ""
+    out = f"{Path(cfg.out)}-compare" if cfg.out else ""
     if not (out and (Path(out) / "compare.csv").exists()):
         steps = "4,10" if cfg.compare_steps == Config.compare_steps else cfg.compare_steps
         compare(replace(cfg, eval_images=min(cfg.eval_images, 240), compare_steps=steps, stage="compare", out=out,

@@ -39,6 +39,7 @@ from csrc import ops
 # ============================================================================================================= Config
 
 
+# [source] behind a default: where it comes from; [source: 16]: there it is 16.
 @dataclass
 class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
@@ -151,16 +152,15 @@ DANCE = dict(method="dance", reward="hpsv2", eval_reward="hpsv2", prompts="weigh
              minutes=1e6, cfg_also=0.0, eval_every=50, micro_batch=4, overlap=True)
 FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_level": 0.3, "train_steps": 9,
         "shift": 3.0, "groups": 16, "group_size": 12, "ema": 0.995, "ema_every": 2, "max_grad_norm": 0.01, "fsdp": True,
-        "checkpointing": True, "clean_final": True,     # its FLUX run on 8 GPUs; that on 16: norm 1, no moving average
+        "checkpointing": True, "clean_final": True,     # its FLUX run on 8 GPUs; on 16: norm 1, no average, 3 updates
         "save_every": 40, "eval_steps": 28}                            # eval_steps ours: it evaluates nothing
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
         "cfg_eval": 5.0, "eval_steps": 50}
-TWO = "hpsv2:0.7,clip-dfn:1.4", "hpsv2:1,clip-dfn:1"                   # its paper's, FLUX and SD1.4: [SLAS, Sec. 6.1]
 METHODS = {                                                           # under a preset of this method, above another's
     "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
-MIX = {}                                                               # a raw sum: [Sec. 6.1] names only its weights
+TWO, MIX = ("hpsv2:0.7,clip-dfn:1.4", "hpsv2:1,clip-dfn:1"), {}        # FLUX, SD1.4; a raw sum: [Sec. 6.1]
 TABLE = dict(MIX, groups=32, group_size=12, max_grad_norm=1.0, ema=0.0)                  # DanceGRPO, App. A, Table 6
 PRESETS = {                                                           # preset -> model family -> values
     "tiny": {},
@@ -180,7 +180,15 @@ def group_advantage(reward, group_size, std="group"):
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
     Returns (B,). Raises ValueError if B is no multiple of group_size.
     """
-    return ops.group_advantage(reward, group_size, std)
+    ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
+    if ops.compiled(reward):
+        return ops.group_advantage(reward, group_size, std)            # the same in one kernel
+    r = reward.view(-1, group_size)                                    # (P, G)
+    r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
+    dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
+    by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+    return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # Eq. (1)
 # == end ==
 
 
@@ -491,7 +499,7 @@ def train(cfg):
         def policy(i, j=few):                                          # logp, mean, std, v of step i as the weights are
             return rescore(x[:, j], i, [c[j] for c in ctx], cfg.cfg_train)
         trust = run.count.setdefault("trust", {})                      # the last rollout's; saved and logged
-        before = [p.detach().clone() for p in params if cfg.fisher_every]
+        before = [p.detach().clone() for p in params] if cfg.fisher_every else []
         if cfg.fisher_every and step % cfg.fisher_every == 0:
             u = data.noise((sum(p.numel() for p in params),), cfg.seed, step, "power", device=run.device, dtype=x.dtype)
             trust["lambda_max"], trust["g2"] = models.fisher(policy, trained, few, params, u, run)

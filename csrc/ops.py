@@ -250,7 +250,7 @@ def group_advantage(reward, group_size, std="group", clip=math.inf):
     return group_advantage_ref(reward, group_size, std, clip)
 
 
-def check_rewards(op, reward, group_size, std, allowed, clip):
+def check_rewards(op, reward, group_size, std, allowed, clip=math.inf):
     if reward.dim() != 1 or reward.dtype not in DTYPES:
         raise ValueError(f"{op}: reward is {reward.dtype} {tuple(reward.shape)}, it takes floats (B,).")
     if group_size < 2:

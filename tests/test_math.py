@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 import dgpo
 import grpo
 import models
+from csrc import ops
 
 KINDS = ("flow", "dance", "cps")
 MEAN, STD = 0.7, 0.4                                                   # the one-dimensional data of the closed forms
@@ -39,17 +40,27 @@ def naive_advantage(reward, group_size, std):
     return out
 
 
+@pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("module", (dgpo, grpo))
 @pytest.mark.parametrize("std", ("group", "batch", "none"))
-def test_group_advantage(module, std):
+def test_group_advantage(module, std, fused, monkeypatch):
+    """In one kernel, where it is built, and by the script's own lines, which ops has a twin of."""
+    monkeypatch.setattr(ops, "wanted", fused)
     reward = randn(24, seed=1)
     reward[[2, 9, 10]] = math.nan
     close(module.group_advantage(reward, 6, std), naive_advantage(reward.tolist(), 6, std))
     constant = torch.tensor([.1] * 3 + [.3, .5, math.nan], dtype=torch.float32)
     adv = module.group_advantage(constant, 3, std)
     assert adv[:3].tolist() == [0, 0, 0] and adv[5] == 0 and adv.isfinite().all() and adv.dtype == torch.float32
-    with pytest.raises(ValueError):
-        module.group_advantage(reward, 7, std)
+    for size, by in (7, std), (1, std), (6, "sum"):
+        with pytest.raises(ValueError):
+            module.group_advantage(reward, size, by)
+    nothing = torch.full((4,), math.nan)
+    assert module.group_advantage(nothing, 2, std).tolist() == [0] * 4
+    wide = 1e3 * randn(96, seed=2).float()                             # tens of groups, one of them failed as a whole
+    wide[:8] = math.nan
+    twin = ops.group_advantage_ref(wide, 8, std)
+    torch.testing.assert_close(module.group_advantage(wide, 8, std), twin, rtol=1e-5, atol=1e-6)
 
 
 # =============================================================================================================== DGPO

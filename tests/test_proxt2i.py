@@ -127,6 +127,19 @@ def test_the_mixtures_proximal_operator_is_the_minimum():
         assert (found - grid[best.argmin()]).norm() < .02
 
 
+def test_euler_with_the_papers_gamma():
+    """--score-gamma start: X' = X + gamma (X/2 + score) + sqrt(gamma) xi with gamma = beta(t) dt, [2], and half of it."""
+    score, n = gaussian(0.7, 0.3)["score"], 5
+    noise = {k: torch.randn(4, 1, 2, 2, dtype=torch.float64) for k in range(n + 1)}
+    x = {"sde": noise[0], "ode": noise[0]}
+    for k in range(n, 0, -1):
+        gamma = torch.linspace(.1, 20, n + 1, dtype=torch.float64)[k] / n
+        x["sde"] = x["sde"] + gamma * (x["sde"] / 2 + score(x["sde"], k / n)) + gamma.sqrt() * noise[k]
+        x["ode"] = x["ode"] + gamma / 2 * (x["ode"] + score(x["ode"], k / n))
+    for name, want in x.items():
+        torch.testing.assert_close(proxt2i.run_chain(name, score, noise[0], n, noise.__getitem__, "start"), want)
+
+
 def test_pda_refuses_steps_that_are_too_long():
     prox, x = gaussian(0.0, 1.0)["prox"], torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="gamma=2.10.*hybrid"):
@@ -154,6 +167,16 @@ def test_a_step_solves_its_implicit_equation():
 
 
 # ============================================================================================================ matching
+
+@pytest.mark.parametrize("fused", (True, False))
+def test_matching_loss(fused, monkeypatch):
+    monkeypatch.setattr(proxt2i.ops, "wanted", fused)
+    pred, target = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = [1 - math.exp(-((a - b) ** 2).mean().item() / .49) for a, b in zip(pred, target)]
+    assert proxt2i.prox_matching_loss(pred, target, .7).tolist() == pytest.approx(want)
+    with pytest.raises(ValueError, match="same shape"):
+        proxt2i.prox_matching_loss(pred, target[:1], .7)
+
 
 def test_proximal_matching_finds_soft_thresholding():
     """A 1-D Laplace prior: the minimiser is the posterior mean for wide zeta and soft-thresholding as zeta falls."""
@@ -291,19 +314,22 @@ def test_gradient_of_the_objective(method):
     torch.testing.assert_close(slope, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", ("prox", "score"))
-def test_kernel_is_the_sampler(method):
+@pytest.mark.parametrize("method, how", (("prox", "integral"), ("prox", "start"), ("score", "integral"),
+                                         ("score", "start")))
+def test_kernel_is_the_sampler(method, how):
     """The chain of means and noises gives the very image that run_chain gives from the same draws."""
     answer, n = gaussian(0.7, 0.3)[method], 5
     draws = {k: torch.randn(4, 1, 2, 2, dtype=torch.float64) for k in (*range(1, n + 1), "start")}
     name = {"prox": "hybrid", "score": "sde-mean"}[method]
-    want = proxt2i.run_chain(name, answer, draws["start"], n, draws.__getitem__)
+    want = proxt2i.run_chain(name, answer, draws["start"], n, draws.__getitem__, how)
+    same = torch.equal(want, proxt2i.run_chain(name, answer, draws["start"], n, draws.__getitem__))
+    assert same == (method == "prox" or how == "integral")             # the proximal samplers have the integral always
     state = draws["start"]
     if method == "prox":
         gamma = proxt2i.beta_integral(1 - 1 / n, 1.0)
         state = (1 + gamma / 2) * state + math.sqrt(gamma) * draws[n]
     for k in range(n, 0, -1):
-        mean, std = proxt2i.kernel(method, answer, state, k, n)
+        mean, std = proxt2i.kernel(method, answer, state, k, n, how)
         state = mean + std * draws[k - (method == "prox")] if std else mean
     torch.testing.assert_close(state, want)
 

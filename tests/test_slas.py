@@ -489,7 +489,8 @@ def test_presets(monkeypatch):
             assert (cfg.reward, cfg.method, cfg.fisher_every, cfg.adv_std) == (reward, "dance", 0, "batch")
             assert (cfg.gamma, cfg.adv_clip, cfg.lr, cfg.shared_noise) == ("1", 5.0, 1e-5, True)
             dance = data.cli(grpo.Config, grpo.PRESETS, ["--preset", preset, "--model", model], grpo.METHODS)
-            assert dance.reward == {"paper": reward, "official": "hpsv2"}[preset] and not dance.gold_reward
+            assert dance.reward == {"paper": "hpsv2:0.7,clip-dfn:1.4", "official": "hpsv2"}[preset]
+            assert not dance.gold_reward
             numbers = {"flux": {"official": (.01, .995, 16, 12, 2, 16, 9), "paper": (1, 0, 32, 12, 4, 25, 15)},
                        "sd14": {"official": (1, 0, 32, 16, 2, 50, 0), "paper": (1, 0, 32, 12, 1, 50, 30)}}
             assert all((c.max_grad_norm, c.ema, c.groups, c.group_size, c.updates, c.sample_steps, c.train_steps) ==
