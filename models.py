@@ -181,14 +181,14 @@ def save_pretrained(net, directory, dtype=None):
             file.unlink()
 
 
-def write_tensors(path, state, end="new"):
+def write_tensors(path, state, end="new", metadata=None):
     """Write a safetensors file, so that a kill leaves the old one or the new one; ValueError for a full disk, say.
 
-    end: of the name until it is whole, another for each writer where there are several at once.
+    end: of the name until it is whole, another for each writer where there are several at once. metadata: {str: str}.
     """
     new = Path(f"{path}.{end}")
     try:
-        save_file(state, new, metadata={"format": "pt"})
+        save_file(state, new, metadata=metadata or {"format": "pt"})
         with open(new, "rb") as f:
             os.fsync(f.fileno())                                      # whole even if the power fails
         os.replace(new, path)

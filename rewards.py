@@ -71,9 +71,9 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     spec: `shapes`, `shapes-soft:0.7,shapes-strict:0.3` (weights multiply, default 1), or `path/to/file.py:function`.
     weights: the directory that holds the reward networks' weights, a folder each; None: weights/ beside this file.
     device: where the images go to be scored; the scores come back to where the images were.
-    dtype: float32, or bfloat16 for the matrix products of the CLIP rewards and imagereward; all else, features, cosines
-    and the last layers' sums, is float32 (a GPU's convolutions TF32, by cuDNN's default), and so are rewards with
-    thresholds: geneval, ocr, shapes.
+    dtype: float32, or bfloat16 for the matrix products of the CLIP rewards and imagereward, of the projections to
+    features, too; norms, unit lengths, cosines and the sums of the heads are float32 (a GPU's convolutions TF32, by
+    cuDNN's default), and so are rewards with thresholds: geneval, ocr, shapes.
     Raises ValueError, in one line, for a spec that cannot be loaded. The score raises ValueError for other arguments
     than these (meta None: {} for each image), and RuntimeError, naming the reward, when a reward does not return one
     number an image. A NaN stays where it is: it marks a failed reward, and the trainer masks it. No images: (0,), and
@@ -86,7 +86,7 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: rewards are computed in 'float32', or some of them in 'bfloat16'")
-    terms = []
+    terms, modules = [], {}
     for term in spec.split(","):
         name, _, factor = term.strip().rpartition(":")
         if not name or (name.endswith(".py") and not math.isfinite(data.number(factor))):
@@ -94,7 +94,7 @@ def load(spec, weights=None, device="cpu", dtype="float32"):
         if not math.isfinite(data.number(factor)):
             raise ValueError(f"reward {term.strip()!r}: the weight {factor!r} is not a finite number")
         name = name.strip()
-        terms.append((name, float(factor), _load_one(name, weights, device)))
+        terms.append((name, float(factor), _load_one(name, weights, device, modules)))
     rounded = [name for name, _, reward in terms if dtype == "bfloat16" and hasattr(reward, "may_round")]
     if dtype == "bfloat16" and not rounded:
         raise ValueError(f"the reward {spec!r} is computed in float32: bfloat16 is for CLIP's and for imagereward")
@@ -157,7 +157,7 @@ def judges(cfg, device="cpu", rows=(), more=()):
     return found
 
 
-def _load_one(name, weights, device):
+def _load_one(name, weights, device, modules):
     if name in REWARDS:
         return REWARDS[name](weights, device)
     path, _, function = name.rpartition(":")
@@ -169,16 +169,18 @@ def _load_one(name, weights, device):
     if folder not in sys.path:                                         # the modules beside it, after all others
         sys.path.append(folder)
     own = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}"
-    module_spec = importlib.util.spec_from_file_location(own, path)
-    module = sys.modules[own] = importlib.util.module_from_spec(module_spec)               # for dataclasses
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        sys.modules.pop(own, None)
-        raise ValueError(f"reward {name!r}: {path} does not load: {type(e).__name__}: {e}") from e
-    if not callable(getattr(module, function, None)):
+    if own not in modules:                                             # a sum runs it once, the next load again: a
+        module_spec = importlib.util.spec_from_file_location(own, path)                    # run's own state starts anew
+        module = sys.modules[own] = importlib.util.module_from_spec(module_spec)           # for dataclasses
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as e:
+            sys.modules.pop(own, None)
+            raise ValueError(f"reward {name!r}: {path} does not load: {type(e).__name__}: {e}") from e
+        modules[own] = module
+    if not callable(getattr(modules[own], function, None)):
         raise ValueError(f"reward {name!r}: {path} has no function {function!r}")
-    return getattr(module, function)
+    return getattr(modules[own], function)
 
 
 # =====================================================================================================================
@@ -721,8 +723,9 @@ class CLIP(models.CLIPText):
         return F.normalize(super().forward(ids)[1].float(), dim=1)                         # (B, P)
 
     def forward(self, pixels, ids):
-        """The cosine (B,) of each image with its own text."""
-        return (self.image(pixels) * self.text(ids)).sum(1)
+        """The cosine (B,) of each image with its own text, which is read once for all its images."""
+        ids, own = ids.unique(dim=0, return_inverse=True)              # a group's prompt: (b, L), (B,)
+        return (self.image(pixels) * self.text(ids)[own]).sum(1)
 
 
 # open_clip's names of whole tensors and modules, then of the parts of a block.
@@ -1015,9 +1018,10 @@ def train_proxy(args):
     changes only at the end.
     Raises ValueError for sizes and a rate that nothing can be trained with.
     """
-    if args.batch < 2 or args.images < 2 * args.batch or not 0 < args.lr < math.inf:
-        raise ValueError(f"--batch {args.batch}, --images {args.images}, --lr {args.lr}: at least 2 images a batch, "
-                         f"two batches and a rate above 0. Try --batch 128 --images 240000 --lr 0.003")
+    if args.batch < 8 or args.images < 2 * args.batch or not 0 < args.lr < math.inf:
+        raise ValueError(f"--batch {args.batch}, --images {args.images}, --lr {args.lr}: at least 8 images a batch, "
+                         f"for captions to be told apart, two batches and a rate above 0. Try --batch 128 --images "
+                         f"240000 --lr 0.003")
     torch.manual_seed(args.seed)
     out, new, steps = pathlib.Path(args.out), pathlib.Path(f"{args.out}.new"), args.images // args.batch
     shutil.copytree(models.TINY_DIR / "tokenizer", new, dirs_exist_ok=True)
@@ -1738,7 +1742,7 @@ def geneval_answer(found, meta, **flags):
 def geneval_row(path, meta, answer, engine):
     """A row of results.jsonl for GenEval's summary_scores.py. Beside the official row it has strict, score and engine,
     it has no `reason`, and its details hold all that was found, not only what is over the task's threshold."""
-    return {"filename": str(path), "tag": meta.get("tag", "all"), "prompt": meta["prompt"],
+    return {"filename": str(path), "tag": meta.get("tag") or "all", "prompt": meta["prompt"],
             "correct": answer["correct"] == 1, "strict": answer["strict"] == 1, "score": answer["score"],
             "metadata": json.dumps(meta), "details": json.dumps(answer["details"]), "engine": engine}
 
@@ -1899,13 +1903,11 @@ def from_onnx(make, name, weights=None, device="cpu"):
         if [t.squeeze().shape for t in found.values()] != [state[key].squeeze().shape for key in mine]:
             raise ValueError(f"{file} holds another network than PP-OCRv4's: take rapidocr-onnxruntime 1.4.4's")
         state |= {key: t.reshape(state[key].shape) for key, t in zip(mine, found.values())}
-        part = kept.with_suffix(f".{uuid.uuid4().hex}")                # other processes may be at the same
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(state, part, meta)
-            part.replace(kept)
         except OSError as e:
             raise ValueError(f"cannot keep the converted weights as {kept}: {e.strerror}") from None
+        models.write_tensors(kept, state, uuid.uuid4().hex, meta)      # other processes may be at the same
     net = read_weights(net, kept, device)
     with safetensors.safe_open(kept, "pt") as f:
         return net, f.metadata() or {}
@@ -2814,7 +2816,7 @@ BENCHMARKS = {
     "unigenbench": (HERE / "weights" / "unigenbench" / "test_prompts_en.csv", 4, "unigenbench",
                     "CodeGoat24/UniGenBench/HEAD/data/test_prompts_en.csv")}
 SAMPLING = ("preset", "init", "eval_steps", "cfg_eval", "resolution", "solver", "schedule", "shift", "sampler",
-            "scheme", "guidance", "text_length", "text_cache", "dtype", "micro_batch")
+            "score_gamma", "scheme", "guidance", "text_length", "text_cache", "dtype", "micro_batch")
 
 
 def digest(*nets):
@@ -2853,16 +2855,23 @@ def bench_model(args):
     settings.pop("preset", None)                                       # slas.py's or grpo.py's; its values are all here
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **given}.items()]
     presets = script.presets("sample") if uvit else script.PRESETS
-    groups = [] if uvit else ["--groups", os.environ.get("WORLD_SIZE", "1")]               # fit for so many processes
-    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *groups, *flags])
+    own = ["--stage", "sample"] if uvit else ["--groups", os.environ.get("WORLD_SIZE", "1")]     # for so many processes
+    cfg = data.cli(script.Config, presets, ["--model", model, "--weights", weights, *own, *flags], restarts=False)
     dtype = models.DTYPES[cfg.dtype]
     pipe = models.load(model, weights or None, dtype, args.device, cfg.init or None, cfg.text_length or None)
     if part:
         pipe.net = type(pipe.net).from_pretrained(part, dtype, args.device)
     if lora:
         models.load_lora(pipe.net, lora)
-    if uvit:
-        cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score")
+    if uvit:                                                           # as the network was trained, or refused
+        if "scheme" in settings:                                       # a run's LoRA may be for another than its base
+            pipe.net.config["scheme"] = settings["scheme"]
+        scheme = given.get("scheme") or pipe.net.config.get("scheme", cfg.scheme)
+        cfg = dataclasses.replace(cfg, method="prox" if pipe.net.config["lam"] else "score", scheme=scheme)
+        run = types.SimpleNamespace(say=lambda text: os.environ.get("RANK", "0") == "0" and tqdm.write(text))
+        script.check_model(cfg, pipe, run, eval_steps=[cfg.eval_steps])
+    elif cfg.guidance != script.Config.guidance and not pipe.net.config.get("guidance_embeds"):
+        raise ValueError(f"--guidance {cfg.guidance:g} is told to FLUX.1-dev alone; {args.model}'s is --cfg-eval")
     pipe.guidance = getattr(cfg, "guidance", pipe.guidance)
     return script, dataclasses.replace(cfg, merge_lora=False), pipe
 
@@ -2878,6 +2887,7 @@ def bench_protocol(args, metas, score, script, cfg, pipe):
     sampler = {"solver": script.default_sampler(cfg)} if pipe.family == "uvit" else {
         "solver": pipe.solver(cfg.solver), "times": pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution)}
     sampler |= {"distilled_guidance": pipe.guidance} if pipe.family == "flux" else {}
+    sampler |= {"score_gamma": cfg.score_gamma} if sampler["solver"] in ("sde", "sde-mean", "ode") else {}
     side = pipe.latent_shape(cfg.resolution)[1] * (pipe.vae.factor if pipe.vae else 1)
     return {"benchmark": args.benchmark, "prompts": len(metas), "per_prompt": args.per_prompt, "seed": args.seed,
             "prompts_sha256": hashlib.sha256(json.dumps(metas).encode()).hexdigest(), "model": args.model,
@@ -2888,29 +2898,39 @@ def bench_protocol(args, metas, score, script, cfg, pipe):
             "torch": torch.__version__, "device": torch.device(args.device).type}
 
 
-def bench_begin(out, protocol):
+def bench_taken(out):
+    """Raise ValueError for an --out that holds something else than a benchmark, or is a file."""
+    left = {".lock", "scores.jsonl.new"}                               # by one that was killed at its beginning
+    names = {path.name for path in out.iterdir()} if out.is_dir() else ()
+    if out.is_file() or "scores.jsonl" not in names and {*names} - left:
+        raise ValueError(f"--out {out} holds something else than a benchmark: choose another")
+
+
+def bench_begin(out, protocol, files):
     """Write out/protocol.json, or hold it against the one that is there. Returns the rows of out/scores.jsonl so far.
 
-    Only whole batches count, so that the rest becomes what it would have been in one go. Raises ValueError for a folder
-    that holds figures of another protocol, or anything else.
+    files: what the rows are to be of, in their order. Only whole batches count, so that the rest becomes what it would
+    have been in one go. Raises ValueError for a folder that holds figures of another protocol, or is damaged.
     """
-    protocol, rows = json.loads(json.dumps(protocol)), []
-    if (out / "scores.jsonl").is_file():
-        text = (out / "scores.jsonl").read_bytes()
+    protocol, file = json.loads(json.dumps(protocol)), out / "scores.jsonl"
+    try:
+        text = file.read_bytes() if file.is_file() else b""
         rows = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]    # a kill may cut the last
-    elif out.is_dir() and any(out.iterdir()) or out.is_file():
-        raise ValueError(f"--out {out} holds something else than a benchmark: choose another")
-    if rows:
-        before = models.read_json(out / "protocol.json")
-        for key in {**before, **protocol}:
-            if before.get(key) != protocol.get(key):
-                raise ValueError(f"{out} holds figures with {key}={str(before.get(key)):.100}, not "
-                                 f"{str(protocol.get(key)):.100}, and one folder is for one protocol: choose another "
-                                 f"--out")
+        there = [row["file"] for row in rows]
+        before = {**json.loads((out / "protocol.json").read_bytes())} if rows else protocol
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{out} is a damaged benchmark's folder ({type(e).__name__}: {e}): choose another --out"
+                         ) from None
+    for key in {**before, **protocol}:
+        if before.get(key) != protocol.get(key):
+            raise ValueError(f"{out} holds figures with {key}={str(before.get(key)):.100}, not "
+                             f"{str(protocol.get(key)):.100}, and one folder is for one protocol: choose another --out")
+    if there != files[:len(there)]:
+        raise ValueError(f"{out} is a damaged benchmark's folder (the {len(there)} rows of {file.name} are not of its "
+                         f"first images, in order): choose another --out")
     if len(rows) < protocol["prompts"] * protocol["per_prompt"]:
         rows = rows[:len(rows) // protocol["micro_batch"] * protocol["micro_batch"]]
-    out.mkdir(parents=True, exist_ok=True)
-    data.write_atomic(out / "scores.jsonl", json_lines(rows))
+    data.write_atomic(file, json_lines(rows))
     data.write_atomic(out / "protocol.json", (json.dumps(protocol, indent=2) + "\n").encode())
     return rows
 
@@ -2939,6 +2959,11 @@ def bench(args):
         raise ValueError(f"--draw {args.draw} and --per-prompt {args.per_prompt}: 0 or more")
     data.check_device("device", args.device)
     data.check_device("reward_device", args.reward_device)
+    lora = pathlib.Path(args.lora or "")
+    name = "-".join(filter(None, (pathlib.Path(args.benchmark).stem, pathlib.Path(args.model).name, lora.parent.name,
+                                  lora.stem)))
+    out = pathlib.Path(args.out or f"runs/bench-{name}")
+    bench_taken(out)                                                   # now, not when all is loaded
     rank, world, args.device = data.join(args.device)
     args.per_prompt = args.per_prompt or per_prompt
     metas, draw = data.prompts(str(spec), "test"), args.draw or 600 * (args.benchmark == "tiny")     # dgpo.py's 600
@@ -2949,14 +2974,18 @@ def bench(args):
                          f"and name each once")
     check(score, metas)
     script, cfg, pipe = bench_model(args)
-    protocol = bench_protocol(args, metas, score, script, cfg, pipe)
-    out = pathlib.Path(args.out or f"runs/bench-{pathlib.Path(args.benchmark).stem}-{pathlib.Path(args.model).name}")
-    box = [bench_begin(out, protocol) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(box)
-    stamp, [rows] = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16], box
     asked = [meta for meta in metas for _ in range(args.per_prompt)]
     files = [f"{j // args.per_prompt:05}/samples/{j % args.per_prompt:04}.png" for j in range(len(asked))]
+    box = [None, None]                                                 # the protocol and the rows so far: the first's
+    if rank == 0:
+        protocol = bench_protocol(args, metas, score, script, cfg, pipe)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = data.locked(out / ".lock", f"--out {out}")
+        box = [protocol, bench_begin(out, protocol, files)]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    protocol, rows = box
+    stamp = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16]
     if rank == 0:
         (out / "images").mkdir(exist_ok=True)
         data.write_atomic(out / "images" / "prompts.jsonl",
@@ -2980,7 +3009,7 @@ def bench(args):
             write_geneval(out / "images", j // args.per_prompt, asked[j], image[None], j % args.per_prompt)
         data.scored(",".join(score.weights), score, images, prompts, asked[some])
         answers = {name: reward.answers for name, reward in score.rewards.items() if hasattr(reward, "answers")}
-        new = [{"file": file, "prompt": prompt, "tag": meta.get("tag", "all"), "seed": seed, "protocol": stamp}
+        new = [{"file": file, "prompt": prompt, "tag": meta.get("tag") or "all", "seed": seed, "protocol": stamp}
                for file, prompt, meta, seed in zip(files[some], prompts, asked[some], seeds)]
         for i, row in enumerate(new):
             row |= {name: v if math.isfinite(v := values[i].item()) else None
@@ -3002,6 +3031,8 @@ def bench(args):
             bar.update(len(new))
     if rank == 0:
         bench_report(args, protocol, asked, rows, out)
+        (out / ".lock").unlink(missing_ok=True)
+        lock.close()
     data.leave()
 
 
@@ -3062,6 +3093,8 @@ def score_folder(spec, folder, weights=None, device="cpu", batch=64):
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get("file"), str):
             raise ValueError(f"{listing}: row {i} names no file")
+        if not (folder / row["file"]).is_file():
+            raise ValueError(f"{listing}: row {i}: there is no image {folder / row['file']}")
     check(score, rows)
     bar = tqdm(total=len(rows), unit="image", disable=not sys.stderr.isatty())
     sizes, area = {}, 0                                                # images of one size make one batch
@@ -3132,7 +3165,7 @@ def summary(rows, names):
     """
     groups = {}
     for row in rows:
-        groups.setdefault(row.get("tag", "all"), []).append(row)
+        groups.setdefault(row.get("tag") or "all", []).append(row)
     result = {}
     for tag, some in {**groups, "all": rows}.items():
         good = {name: [v for row in some if (v := row[name]) is not None and math.isfinite(v)] for name in names}
@@ -3169,8 +3202,6 @@ def proxy_command(argv):
     add("--seed", type=int, default=0, help="of the weights and the images")
     args = parser.parse_args(argv)
     data.check_device("device", args.device)
-    if args.batch < 8:
-        raise ValueError(f"--batch {args.batch}: 8 or more, for captions to be told apart")
     train_proxy(args)
 
 

@@ -211,7 +211,64 @@ def test_one_folder_holds_one_protocol(tmp_path, model, capsys):
     assert contents(out) == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
-    assert "something else" in refused(capsys, "--out", tmp_path / "notes", *model, "--reward", "shapes")
+    for taken in (tmp_path / "notes", tmp_path / "notes" / "mine.txt"):                    # before anything is loaded
+        said = refused(capsys, "--out", taken, "--model", "none", "--benchmark", "shapes", "--reward", "shapes")
+        assert "something else" in said
+
+
+def test_a_damaged_folder(tmp_path, model, capsys):
+    """No JSON, no protocol, no rows, or those of other images than the first, in order: one line each."""
+    out, flags = tmp_path / "out", [*model, "--reward", "shapes-soft"]
+    bench(out, *flags)
+    before = contents(out)
+    rows, stamp = before["scores.jsonl"].splitlines(keepends=True), before["protocol.json"]
+    for content, protocol, why in (
+            ([rows[0], b"{\n", *rows[2:]], stamp, "JSONDecodeError"), ([b"\xff\n"], stamp, "UnicodeDecodeError"),
+            (rows, None, "FileNotFoundError"), (rows, b"", "JSONDecodeError"), (rows, b"[]", "TypeError"),
+            ([b"{}\n", *rows[1:]], stamp, "KeyError"), ([b"1\n"], stamp, "TypeError"),
+            ([*rows[:4], *rows[:4]], stamp, "8 rows"), ([*rows, rows[-1]], stamp, "11 rows")):
+        (out / "scores.jsonl").write_bytes(b"".join(content))
+        (out / "protocol.json").unlink(missing_ok=True)
+        if protocol is not None:
+            (out / "protocol.json").write_bytes(protocol)
+        said = refused(capsys, "--out", out, "--micro-batch", 4, "--eval-steps", 2, *flags)
+        assert f"{out} is a damaged benchmark's folder" in said and why in said and "another --out" in said
+    (out / "scores.jsonl").write_bytes(before["scores.jsonl"])
+    (out / "protocol.json").write_bytes(stamp)
+    bench(out, *flags)
+    assert contents(out) == before
+
+
+def test_two_benches_do_not_share_a_folder(tmp_path, model, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = "import fcntl; f = open('.lock', 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=out, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as child:
+        assert child.stdout.readline() == "held\n"
+        said = refused(capsys, "--out", out, *model, "--reward", "shapes-soft")
+        assert f"--out {out} is another process's" in said
+        child.communicate("\n")
+    bench(out, *model, "--reward", "shapes-soft")                      # a lock alone is nobody's benchmark
+
+
+def test_torchrun_may_start_it_again(tmp_path, model, monkeypatch):
+    """A benchmark goes on by itself: --max-restarts has no --resume to type."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert len(bench(tmp_path / "out", *model, "--reward", "shapes-soft")) == 10
+
+
+def test_prompts_without_a_tag(tmp_path, random_model):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a cat", "tag": null}\n{"prompt": "a dog", "tag": "dogs"}\n')
+    (tmp_path / "mine.py").write_text("def mean(images, prompts, metas):\n    return images.mean((1, 2, 3))\n")
+    rows = bench(tmp_path / "out", "--model", random_model, "--benchmark", file, "--reward", f"{tmp_path}/mine.py:mean")
+    assert [row["tag"] for row in rows] == ["all", "dogs"]
+    scores = json.loads((tmp_path / "out" / "result.json").read_text())["scores"]
+    assert {tag: row["images"] for tag, row in scores.items()} == {"all": 2, "dogs": 1}
+    assert rewards.summary([{"tag": None, "a": 1.}], ["a"])["all"]["images"] == 1
+    answer = {"correct": 1, "strict": 1, "score": 1., "details": {}}
+    assert rewards.geneval_row("a.png", {"prompt": "a", "tag": None}, answer, "e")["tag"] == "all"
 
 
 def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
@@ -227,6 +284,8 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     assert "--beta" in refused(capsys, "--beta", 1)
     assert "--eval-steps 0: 1 or more" in refused(capsys, "--eval-steps", 0)
     assert "--solver ddim does not suit" in refused(capsys, "--solver", "ddim", "--out", tmp_path / "a")
+    assert "--guidance 5 is told to FLUX.1-dev alone; tiny's is --cfg-eval" in refused(capsys, "--guidance", 5)
+    assert not (tmp_path / "a").exists()
     assert "cannot check" in refused(capsys, "--benchmark", file, "--reward", "shapes", "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()                               # before anything is painted
     lora = tmp_path / "lora.safetensors"
@@ -238,7 +297,7 @@ def test_what_is_refused(tmp_path, capsys, model, monkeypatch):
     assert "curl -fL" in refused(capsys, "--benchmark", "drawbench")
 
 
-def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):
+def test_a_runs_folder(tmp_path, capsys, monkeypatch, random_model, reward_file):
     flags = ["--model", random_model, "--reward", f"{reward_file}:red", "--eval-reward", f"{reward_file}:red",
              "--steps", "1", "--groups", "2", "--group-size", "4", "--eval-every", "0", "--eval-images", "5",
              "--cfg-also", "0", "--eval-steps", "3", "--cfg-eval", "2", "--lr", ".01"]
@@ -271,6 +330,10 @@ def test_a_runs_folder(tmp_path, capsys, random_model, reward_file):
     bench(early, "--model", tmp_path / "grpo", "--lora", now, "--benchmark", "shapes", "--draw", 5, "--reward",
           "shapes", "--eval-steps", 3, "--micro-batch", 96)
     assert torch.equal(painted(early)[0], painted(tmp_path / "grpo-bench")[0])
+    monkeypatch.chdir(tmp_path)                                        # the folder of its own is one for each LoRA
+    rewards.main(["bench", "--model", "grpo", "--lora", str(now), "--benchmark", "shapes", "--draw", "1", "--reward",
+                  "shapes", "--eval-steps", "1"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == "runs/bench-shapes-grpo-last-lora"
 
 
 def test_any_number_of_processes(random_model, monkeypatch):
@@ -293,6 +356,40 @@ def test_a_u_vit(tmp_path, lam):
     want = proxt2i.sample(pipe, [row["prompt"] for row in rows], [("eval", j) for j in range(3)], cfg, 1.)
     assert torch.equal(images, rounded(want))
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["solver"] == sampler
+
+
+def test_euler_by_the_papers_gamma(tmp_path):
+    """--score-gamma is a setting of the sampler like any other: of evaluation, and so of a benchmark's protocol."""
+    found = {}
+    for how in ("integral", "start"):
+        bench(tmp_path / how, "--model", "tiny-score", "--benchmark", "shapes", "--draw", 2, "--reward", "shapes",
+              "--sampler", "sde", "--score-gamma", how)
+        assert json.loads((tmp_path / how / "protocol.json").read_text())["score_gamma"] == how
+        found[how], rows = painted(tmp_path / how)
+        cfg = proxt2i.Config(eval_steps=2, micro_batch=4, method="score", sampler="sde", score_gamma=how)
+        want = proxt2i.sample(models.load("tiny-score"), [row["prompt"] for row in rows], [("eval", j) for j in (0, 1)],
+                              cfg, 1.)
+        assert torch.equal(found[how], rounded(want))
+    assert not torch.equal(*found.values())
+
+
+def test_a_u_vit_of_the_other_scheme(tmp_path, capsys, reward_file):
+    """Trained for PDA's lambdas, it is sampled by pda, be it a model or a run, and refused for another scheme's."""
+    line = ["--scheme", "pda", "--candidates", "25", "--steps", "1", "--batch", "4", "--eval-every", "0",
+            "--eval-images", "2", "--cfg-also", "0", "--eval-steps", "25", "--eval-reward", f"{reward_file}:red",
+            "--dtype", "float32"]
+    proxt2i.main(["train", "--model", "tiny", *line, "--out", str(tmp_path / "run")])
+    proxt2i.main(["finetune", "--lora-rank", "1", "--optimizer", "adamw", *line, "--out", str(tmp_path / "lora")])
+    few = ["--benchmark", "shapes", "--draw", "2", "--reward", "shapes", "--eval-steps"]
+    for name, model in (("a", tmp_path / "run" / "model"), ("b", tmp_path / "run"), ("lora run", tmp_path / "lora")):
+        capsys.readouterr()
+        rewards.main(["bench", "--model", str(model), *few, "26", "--out", str(tmp_path / name)])
+        assert "--eval-steps 26: the proximal model was trained for" in capsys.readouterr().out
+        assert json.loads((tmp_path / name / "protocol.json").read_text())["solver"] == "pda"
+        said = refused(capsys, "--model", model, *few, 26, "--scheme", "hybrid", "--out", tmp_path / "c")
+        assert "trained for the lambdas of --scheme pda" in said
+        assert "4 steps of PDA" in refused(capsys, "--model", model, *few, 4, "--out", tmp_path / "c")
+    assert torch.equal(painted(tmp_path / "a")[0], painted(tmp_path / "b")[0])
 
 
 def test_rewards_are_timed():

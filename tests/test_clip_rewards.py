@@ -452,6 +452,18 @@ def test_sums_batches_and_failures(home):
     assert sizes == [(2, 2), (1, 1)]
 
 
+def test_a_groups_prompt_is_read_once(home, monkeypatch):
+    """The cosines are those of one image at a time, whichever text is whose."""
+    read, own = [], CLIP.text
+    monkeypatch.setattr(CLIP, "text", lambda net, ids: read.append(len(ids)) or own(net, ids))
+    images, prompts = pictures(40, 40, 6)[1], ["b", "a", "b", "a ring", "b", "a"]
+    score = rewards.load("clip-l14", home)
+    together = score(images, prompts)
+    assert read == [3]
+    alone = torch.cat([score(images[i:i + 1], prompts[i:i + 1]) for i in range(6)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
 def test_a_shared_network_is_read_once(home):
     rewards.read_clip.cache_clear()
     rewards.load("clip-l14,clipscore,aesthetic", home), rewards.load("clip-l14", home)

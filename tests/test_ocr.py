@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import pathlib
 import signal
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import dgpo
+import models
 import pipelines
 import rewards
 
@@ -230,6 +232,16 @@ def test_another_network_is_refused_and_a_folder_that_cannot_be_written_is_said(
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot keep the converted weights"):
         rewards.PPOCR(tmp_path / "file")
+
+
+def test_a_full_disk_leaves_no_part_of_the_converted_weights(tmp_path, monkeypatch):
+    def full(state, file, **_):
+        pathlib.Path(file).write_bytes(b"part")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(models, "save_file", full)
+    with pytest.raises(ValueError, match="det.safetensors: .*No space left on device"):
+        rewards.PPOCR(tmp_path)
+    assert not list((tmp_path / "ocr").iterdir())
 
 
 def test_weights_are_converted_once(home, engines, monkeypatch):

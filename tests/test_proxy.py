@@ -168,7 +168,7 @@ def test_the_command(tmp_path, capsys):
     metas, images = scenes()
     own = rewards.load("tiny-clip", tmp_path / "a")(images[:4], [meta["prompt"] for meta in metas[:4]], metas[:4])
     assert own.isfinite().all() and not torch.equal(own, score(images[:4], metas[:4]))
-    for flag, value in (("--batch", "1"), ("--images", "20"), ("--lr", "0"), ("--lr", "nan")):
+    for flag, value in (("--batch", "7"), ("--images", "20"), ("--lr", "0"), ("--lr", "nan")):
         capsys.readouterr()
         line = ["train-proxy", "--out", str(tmp_path / "c"), "--images", "96", "--batch", "16", flag, value]
         with pytest.raises(SystemExit) as error:

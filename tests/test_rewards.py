@@ -366,6 +366,20 @@ def test_a_file_with_dataclasses(tmp_path):
     assert set(sys.modules) == before
 
 
+def test_a_sum_runs_its_file_once(tmp_path):
+    """And the next load runs what is in it then."""
+    file, spec = tmp_path / "mine.py", f"{tmp_path}/mine.py:a:2,{tmp_path}/mine.py:b"
+    text = ("import pathlib\nwith open(pathlib.Path(__file__).with_name('log'), 'a') as f:\n    f.write('x')\n"
+            "state = []\n"
+            "def a(images, prompts, meta):\n    state.append(1)\n    return [1.] * len(images)\n"
+            "def b(images, prompts, meta):\n    return [float(len(state))] * len(images)\n")
+    for text, want in ((text, 3.), (text.replace("[1.]", "[10.]"), 21.)):
+        file.write_text(text)
+        for _ in range(2):
+            assert rewards.load(spec)(torch.zeros(1, 3, 4, 4), [""]).tolist() == [want]
+    assert (tmp_path / "log").read_text() == "xxxx"
+
+
 def test_a_file_imports_its_neighbour(tmp_path, monkeypatch):
     """A module beside the file is found, but none that hides another of its name."""
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -498,7 +512,7 @@ def test_command_line(tmp_path, capsys, reward_file, monkeypatch):
     listing.write_text(json.dumps({"prompt": "a photo of a ring"}))
     assert "names no file" in refused()
     listing.write_text(json.dumps({"file": "9.png", "prompt": "a photo of a ring"}))
-    assert "9.png" in refused()
+    assert "row 1: there is no image" in (said := refused()) and "9.png" in said
     listing.write_text(json.dumps({"file": "0.png", "prompt": "a photo of a ring"}))
     assert "cannot check" in refused()
     monkeypatch.setattr(rewards, "_open", lambda path: pytest.fail("an image was read before all prompts were known"))
