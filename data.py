@@ -401,9 +401,10 @@ def prompts(spec, split):
     columns). A file's rows are the same for every split. HPDv2's are such files: train.json (a row for each pair of
     images; here each of its prompts counts once), anime.json ... Or a folder of such files, one a split, as Flow-GRPO's
     and DGPO's are: train.txt, test.txt, or train_metadata.jsonl ...; without a val.txt every twentieth of train's
-    prompts is held out for validation.
+    prompts is held out for validation. A row's "weight", see draw_prompts, is its task's: the same in all rows of one
+    "tag".
     Raises ValueError, in one line, for a spec or split that does not exist and for a file that is missing, empty, not
-    UTF-8, or holds a row without a prompt.
+    UTF-8, or holds a row without a prompt or with another weight than its task's first.
     """
     _known(split)
     made = {"shapes": world_prompts, "geneval": geneval_prompts, "ocr": ocr_prompts,
@@ -426,13 +427,13 @@ def prompts(spec, split):
         raise ValueError(f"{path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}; convert it first") from None
     try:
         rows = _rows(suffix, text)
-    except (json.JSONDecodeError, csv.Error) as e:
+    except (ValueError, RecursionError, csv.Error) as e:               # 5000 digits; a thousand brackets
         raise ValueError(f"{path} is not a valid {path.suffix} file: {e}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of prompts, not a {type(rows).__name__}")
     if not rows:
         raise ValueError(f"{path} holds no prompts")
-    rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    rows, weights = [{"prompt": row} if isinstance(row, str) else row for row in rows], {}
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}: row {i} has no prompt: {str(row)[:60]}")
@@ -441,6 +442,10 @@ def prompts(spec, split):
         weight = row.get("weight", 1)
         if not isinstance(row.get("tag"), str | None) or type(weight) is not int or weight < 1:
             raise ValueError(f"{path}: row {i}: a tag is a text, a weight a whole number from 1 on: {str(row)[:60]}")
+        if weights.setdefault(row.get("tag"), weight) != weight:
+            task = f"tag {row['tag']!r}" if row.get("tag") is not None else "no tag"
+            raise ValueError(f"{path}: row {i}: weight {weight}, and {weights[row.get('tag')]} in the first row with "
+                             f"{task}: a weight is its task's, so write the same into all its rows (none is 1)")
     if "human_preference" in rows[0]:                                  # HPDv2's train.json
         return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     return rows
@@ -473,8 +478,9 @@ def _rows(suffix, text):
         for n, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise csv.Error(f"line {n}, column {error.colno}: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                raise csv.Error(f"line {n}{where}: {getattr(error, 'msg', error)}") from None
         return rows
     if suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
@@ -483,7 +489,7 @@ def _rows(suffix, text):
                 raise csv.Error(f"row {n} has more cells than the header; a prompt with a comma wants quotes around it")
             weight = (row.pop("weight", "") or "").strip()             # all cells are text
             row |= {"weight": int(weight) if weight.isdecimal() else weight} if weight else {}
-        return [unigenbench_row(row) if {"prompt_en", "prompt_zh"} & row.keys() else row for row in rows]
+        return [unigenbench_row(row) if {"sub_dims_en", "sub_dims_zh"} & row.keys() else row for row in rows]
     return json.loads(text) if lines else []
 
 
@@ -647,10 +653,11 @@ def find_shards(paths):
 
     paths: .tar files, folders and patterns, one or a list. A folder is its .tar files, else the rows of its
     metadata.jsonl (file_name, text), else its images, with captions in .txt or .json files beside them. key, caption:
-    None for a .tar; caption: None for a file beside the image. Raises ValueError where there is nothing.
+    None for a .tar; caption: None for a file beside the image. Raises ValueError where one of them has nothing.
     """
-    shards = []
+    shards, nothing = [], "no images at {}: name .tar files, a folder or a pattern of them, or a folder of images"
     for pattern in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        known = len(shards)
         for path in map(pathlib.Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))):
             if tars := [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")):
                 shards += [(str(tar), None, None) for tar in tars]
@@ -662,15 +669,26 @@ def find_shards(paths):
                         row = json.loads(line)
                         name, text = row["file_name"], str(row.get("text") or "")
                         shards.append((str(path / name), os.path.splitext(name)[0], text))
-                    except (ValueError, LookupError, TypeError, AttributeError):
+                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                         raise ValueError(f"{table}, line {n}: not an object with file_name and text: {line}") from None
             else:
                 shards += [(str(file), str(file.relative_to(path).with_suffix("")), None)
-                           for file in sorted(path.rglob("*")) if file.suffix[1:].lower() in KINDS]
+                           for file in sorted(files_below(path)) if file.suffix[1:].lower() in KINDS]
+        if len(shards) == known:
+            raise ValueError(nothing.format(pattern))
     if not shards:
-        raise ValueError(f"no images at {paths}: name .tar files, a folder or a pattern of them, or a folder of "
-                         f"images")
+        raise ValueError(nothing.format(paths))
     return shards
+
+
+def files_below(folder):
+    """The files of a folder at any depth, through links, too; but through none that leads back to where it is."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        root = pathlib.Path(root)
+        if any((root / name).is_symlink() for name in folders):
+            above = {os.path.realpath(path) for path in (root, *root.absolute().parents)}
+            folders[:] = [name for name in folders if os.path.realpath(root / name) not in above]
+        yield from (root / name for name in files)
 
 
 def unsafe(path):
@@ -859,8 +877,10 @@ class Stream:
                 elif name:
                     self.drop(name, sample)
                 elif not found:
-                    raise ValueError(f"rank {self.rank} found nothing to use in its {len(self.shards)} / {self.world} "
-                                     f"shards, the first is {self.shards[0][0]}: {dict(self.skipped)}")
+                    own = self.shards[self.rank::self.world]
+                    raise ValueError(f"rank {self.rank} found nothing to use in its {len(own)} of the "
+                                     f"{len(self.shards)} shards, the first is {self.shards[0][0]}: "
+                                     f"{dict(self.skipped)}")
                 else:
                     found = False                                      # an epoch ends here, another begins
         finally:
@@ -1122,7 +1142,7 @@ def aesthetic(spec):
             try:
                 return float(function(image))
             except (Exception, SystemExit) as error:
-                raise ValueError(f"--aesthetic {spec} failed: {type(error).__name__}: {error}") from error
+                raise ValueError(f"--aesthetic {spec} failed: {failure(error)}") from error
     return score
 
 
@@ -1174,10 +1194,12 @@ def curate(args):
         raise ValueError(f"{out} holds the source itself: choose another folder to write to")
     if not args.no_caption and not (args.model and re.match("https?://", args.server or "")):
         raise ValueError("captions need --server http://HOST:PORT/v1 and --model NAME; or keep the old: --no-caption")
-    for name, low in (("workers", 1), ("timeout", 0), ("retries", 0), ("backoff", 0), ("max_pixels", 1),
+    for name, low in (("workers", 1), ("retries", 0), ("backoff", 0), ("max_pixels", 1),
                       ("min_aesthetic", -math.inf)):
         if not getattr(args, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {low} or more")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout {args.timeout:g}: more than 0")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
     if args.no_caption and args.hands:
@@ -1267,7 +1289,7 @@ def curate(args):
 # counted over all processes: in RL 1, 2 or 8 of them train on the same images, and a resume needs no generator's state.
 
 def mix(*key):
-    """One seed from several whole numbers, such as (seed, step, group); different keys give unrelated seeds."""
+    """One seed from several numbers and words, such as (seed, step, group); different keys give unrelated seeds."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
@@ -1293,13 +1315,14 @@ def uniform(n, *key):
     return [rng.random() for _ in range(n)]
 
 
-def cli(config, presets, argv=None, defaults=None):
+def cli(config, presets, argv=None, defaults=None, restarts=True):
     """A dataclass as a command line: field -> flag, bool -> --x / --no-x, trailing comment -> help.
 
     presets: {name: {field: value}} or {name: {model family: {field: value}}}; the preset's values stand under the flags
     that are given, --gpu-memory's between them, and `defaults`, {method: {field: value}}, under all, but above those of
-    a preset of another method. No --preset is "official" for a public model's name, else "tiny". Where only --groups or
-    --sample-steps is given, updates and train_steps come down to what they allow. Returns the dataclass, whose
+    a preset of another method. No --preset is the last of presets for a public model's name, else "tiny". Where only
+    --groups or --sample-steps is given, updates and train_steps come down to what they allow. restarts: a run that
+    torchrun starts again resumes, and wants --out; False for what goes on by itself. Returns the dataclass, whose
     __post_init__ may raise ValueError.
     """
     import models
@@ -1316,7 +1339,8 @@ def cli(config, presets, argv=None, defaults=None):
             parser.add_argument(flag, type=field.type, help=help, metavar=field.type.__name__.upper())
     parser.error = functools.partial(refuse, flags=list(parser._option_string_actions))
     given = typed = vars(parser.parse_args(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):           # torchrun --max-restarts: the same words again
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))       # torchrun --max-restarts: the same words again
+    if restarts and again:
         if "out" not in typed:
             raise ValueError("a run that torchrun starts again goes on where it was only with --out")
         typed["resume"] = typed.get("resume") or (pathlib.Path(typed["out"]) / "config.json").exists()
@@ -1346,8 +1370,8 @@ def cli(config, presets, argv=None, defaults=None):
         both = now["cfg_train"] != 1 and not now["cfg_detach"]        # passes that keep their activations
         plan = models.memory_plan(family, values["gpu_memory"], now["lora_rank"], both, shards,
                                   models.parameter_count(model, values.get("weights", "")))
-        if hasattr(config, "fisher_every") and values["gpu_memory"] < 48:                   # SLAS's estimates on SD3.5:
-            plan["fisher_every"] = 0                                   # 26 GB for an image, by csrc/count.py
+        if hasattr(config, "fisher_every") and "fisher_every" not in given and values["gpu_memory"] < 48:
+            plan["fisher_every"] = 0                                   # SLAS on SD3.5: 26 GB an image, csrc/count.py
         values = {**values, **plan, **(typed if "gpu_memory" in typed else given)}
     full = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(config)}
     if "train_steps" in full:                                          # policy gradients: what was not given fits
@@ -1471,7 +1495,8 @@ def check(cfg, words, least, positive):
                          f"since its images are compared with each other. Try --groups "
                          f"{max(1, -(-cfg.groups // world)) * world}.")
     least = least | dict.fromkeys(("steps", "sample_steps", "eval_steps", "micro_batch", "updates", "save_every"), 1)
-    least |= {"eval_images": world, "val_images": world if cfg.eval_every else 0}              # each process has one
+    seen = cfg.eval_every or getattr(cfg, "stage", "") == "sample"     # the validation prompts
+    least |= {"eval_images": world, "val_images": world if seen else 0}                        # each process has one
     least |= {name: 0 for name in ("resolution", "lora_rank", "eval_every", "weight_decay", "noise_level",
                                    "shift", "text_length")}
     for name, low in least.items():
@@ -1601,7 +1626,10 @@ def exit_codes(advice=""):
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, OSError):                                 # a path's: who asked pathlib for it?
+            frames = [name for name in frames if not re.search(r"^<frozen|[/\\](pathlib|shutil)(\.py$|[/\\])", name)]
+        raised_in = pathlib.Path(frames[-1]).resolve()
         if isinstance(error, torch.OutOfMemoryError):
             size = torch.cuda.mem_get_info()[1] / 2 ** 30 if torch.cuda.is_available() else 0
             fits = max((gb for gb in (24, 48, 80, 141) if gb <= size * 1.1), default=24)    # 44.5 GiB is 48 GB
@@ -1676,13 +1704,17 @@ def leave():
 
 
 def refuse_taken(out):
-    """Raise ValueError for an OUT that holds a run already, or anything else, or is a file."""
+    """Raise ValueError for an OUT that holds a run already, or anything else, is a file, or cannot be made."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     begun = out.exists() and {path.name for path in out.iterdir()} - {"samples", "last", "config.json.new"}
     if begun:
         what = "a run: continue it by --resume" if "config.json" in begun else f"{min(begun)}, no run: empty it"
         raise ValueError(f"{out} already holds {what}, or choose another --out")
+    there = next(path for path in (out, *out.parents) if os.path.lexists(path))            # OUT, or where it will be
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "is not yours to write to" if there.is_dir() else "is no folder"
+        raise ValueError(f"cannot make --out {out}: {there} {why}; choose another --out")
 
 
 class Run:
@@ -1706,6 +1738,7 @@ class Run:
         self.passes, self.counting = [0, 0], True                     # this process's in this step, see watch
         self.tasks = None, []                                         # the prompts that are drawn from, and by task
         self.shards = None                                            # name of the last checkpoint's
+        self.before = None                                            # rows that _parted looks at, once it has
         self.laps, self.mark = {}, time.perf_counter()                # seconds of this step by what they went into
         if self.state:
             self.count, self.norms = self.state["count"], self.state["norms"]
@@ -1961,9 +1994,9 @@ class Run:
         return dict(zip(values, (total / self.world).tolist()))
 
     def sum(self, x):
-        """The sum of a small tensor over all processes."""
+        """The sum of a small tensor over all processes, a new one where there are several."""
         if self.world > 1:
-            x = x.to(self.device)
+            x = x.to(self.device, copy=True)                          # all_reduce sums in place
             dist.all_reduce(x)
         return x
 
@@ -2048,8 +2081,11 @@ class Run:
         if self.rank == 0:
             if "eval_gold" in row:
                 row["parted"] = self._parted(row)
-            self._append("metrics.jsonl", {**self.count, "eval": None, **row, **memory})
+            row = {**self.count, "eval": None, **row, **memory}
+            self._append("metrics.jsonl", row)
             self._append("times.jsonl", times)
+            if self.before is not None:                                # as it would be read again
+                self.before.append({name: finite(row[name]) for name in PARTING if name in row})
 
     def log_evals(self, *rows):
         """Append evaluations to evals.jsonl: the counters and, of each row, `split`, `guidance`, what verdict found."""
@@ -2057,15 +2093,22 @@ class Run:
             self._append("evals.jsonl", *({**self.count, "seconds": time.time() - self.start, **row} for row in rows))
 
     def _append(self, file, *rows):
-        """Lines of JSON at a file's end, floats to nine digits."""
-        with open(self.out / file, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
+        """Lines of JSON at a file's end, floats to nine digits. ValueError naming the file, on a full disk, say."""
+        try:
+            with open(self.out / file, "a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
+        except OSError as error:
+            raise ValueError(f"cannot write {self.out / file}: {error.strerror}") from None
 
     def _parted(self, row):
         """Do proxy and gold part ways in this row of an evaluation? Said where the last evaluation's did not say so."""
-        start, before = ([json.loads(line) for line in (self.out / name).read_text().splitlines()]
-                         for name in ("evals.jsonl", "metrics.jsonl"))
-        before = start[:1] + before                                    # the evaluation before the first step
+        if self.before is None:                                        # the first one here: read once, then kept
+            start, before = ([json.loads(line) for line in (self.out / name).read_text().splitlines()]
+                             for name in ("evals.jsonl", "metrics.jsonl"))
+            self.before = start[:1] + before                           # the evaluation before the first step
+        before, step = self.before, self.count["step"]
+        far = [i for i, past in enumerate(before) if "eval_gold" in past and past["step"] <= step - WINDOW]
+        del before[:far[-1] if far else 0]                             # no later evaluation looks at them again
         found = parting([*before, {**self.count, **row}], evaluated=self.cfg.eval_reward == self.cfg.reward)
         if found and not any([old["parted"] for old in before if "parted" in old][-1:]):
             since, rise, fall = found
@@ -2151,9 +2194,11 @@ class Run:
 
 
 def finite(value):
-    """A value for JSON: floats to nine digits, None for NaN and infinity, which it has not; in dicts at any depth."""
+    """A value for JSON: floats to nine digits, None for NaN and infinity, which it has not; in dicts and lists, too."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else None
@@ -2172,7 +2217,8 @@ def write_atomic(path, content):
             os.fsync(f.fileno())
         os.replace(new, path)
     except BaseException as error:
-        new.unlink(missing_ok=True)                                    # a part of it, on a full disk
+        with contextlib.suppress(OSError):                             # where its folder is a file, say
+            new.unlink(missing_ok=True)                                # a part of it, on a full disk
         cause = error.__context__ if isinstance(error, RuntimeError) else error            # torch.save's own, over it
         if isinstance(cause, OSError):
             raise ValueError(f"cannot write {path}: {cause.strerror}") from None
@@ -2352,12 +2398,24 @@ def training_stream(spec, size, rank, world, batch, seed):
     return ImageStream(spec, size, rank, world, batch, seed)
 
 
+def failure(error):
+    """An exception of somebody's own function in words, with the last line that is no package's: (file:line)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not re.search(r"[/\\](site|dist)-packages[/\\]", frame.filename)] or frames
+    return f"{type(error).__name__}: {error} ({own[-1].filename}:{own[-1].lineno})"
+
+
 def scored(name, score, images, prompts, metas):
-    """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image."""
+    """score(images, prompts, metas), (B,) float32. ValueError if it raises or does not return one number an image.
+
+    torch.OutOfMemoryError goes through: exit_codes knows what helps.
+    """
     try:
         reward = score(images, list(prompts), [copy.deepcopy(meta) for meta in metas])     # its own, to change
+    except torch.OutOfMemoryError:
+        raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the reward {name} failed: {failure(error)}") from error
     if not torch.is_tensor(reward) or reward.shape != (len(prompts),):
         got = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
         raise ValueError(f"the reward {name} returned {got} for {len(prompts)} images: it must return one number each")
@@ -2506,7 +2564,11 @@ def verdict(cfg, rows, values):
     return row
 
 
-def parting(rows, window=30, evaluated=False):
+WINDOW = 30                                   # rollouts, the least between the two evaluations that parting compares
+PARTING = ("step", "reward", "eval", "eval_error", "eval_gold", "gold_error", "parted")    # what it is told from
+
+
+def parting(rows, window=WINDOW, evaluated=False):
     """Do proxy and gold part ways? None, or the step since when, how much the proxy rose and how much gold fell.
 
     rows: of metrics.jsonl, the last with eval_gold; it is compared with the last such row at least `window` rollouts

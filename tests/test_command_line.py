@@ -65,6 +65,12 @@ def test_torchrun_starts_again_where_a_run_was(module, small, refused, monkeypat
     refused(module, small, "already holds a run")
 
 
+def test_what_goes_on_by_itself_needs_no_out(monkeypatch):
+    """rewards.py bench under --max-restarts."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert data.cli(dgpo.Config, dgpo.PRESETS, [], restarts=False) == dgpo.Config(preset="tiny")
+
+
 def snapshot(folder):
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
@@ -284,6 +290,46 @@ def test_out_that_is_taken(module, small, refused):
     refused(module, [*small, "--out", "other/notes.txt"], "other/notes.txt is a file")
     refused(module, [*small, "--out", "other/notes.txt/deeper"], "other/notes.txt")
     assert os.listdir("other") == ["notes.txt"] and Path("other/notes.txt").read_text() == "not a run"
+
+
+def test_out_that_cannot_be_made_is_refused_before_the_model_loads(small, refused, monkeypatch):
+    """Beneath a file, where a link leads nowhere, or where one may not write (root may, so that is played)."""
+    monkeypatch.setattr(models, "load", None)
+    Path("file").write_text(""), Path("link").symlink_to("gone")
+    refused(dgpo, [*small, "--out", "file/a/b"], "cannot make --out file/a/b: file is no folder")
+    refused(dgpo, [*small, "--out", "link/a"], "cannot make --out link/a: link is no folder")
+    Path("theirs/empty").mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "theirs" not in str(path) and access(path, mode))
+    refused(dgpo, [*small, "--out", "theirs/a/b"], "cannot make --out theirs/a/b: theirs is not yours to write to")
+    refused(dgpo, [*small, "--out", "theirs/empty"], "theirs/empty is not yours")
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "link", "theirs"]
+
+
+def test_a_path_that_cannot_be_asked_for_is_one_line(small, refused):
+    """What pathlib, shutil and frozen modules raise is judged by who asked; outside our code it is a bug."""
+    refused(dgpo, [*small, "--prompts", "x" * 300], "xxx")
+    with pytest.raises(SystemExit) as end, data.exit_codes():          # iterdir, of what is gone since
+        data._folder(Path("gone"), "train")
+    assert end.value.code == 2
+    with pytest.raises(FileNotFoundError), data.exit_codes():
+        exec(compile("Path('gone').stat()", "/elsewhere/mine.py", "exec"))
+
+
+def test_a_resume_with_less_gpu_memory_keeps_the_estimates(tmp_path, monkeypatch):
+    """--gpu-memory's plan leaves SLAS's estimates out on a small GPU, but only where nothing says otherwise."""
+    words = ["--model", "sd35m", "--out", "out"]
+    first, small = (data.cli(slas.Config, slas.PRESETS, [*words, "--gpu-memory", number], slas.METHODS)
+                    for number in ("80", "24"))
+    assert first.fisher_every > 0 == small.fisher_every
+    Path("out").mkdir()
+    Path("out/config.json").write_text(json.dumps(dataclasses.asdict(first)))
+    again = data.cli(slas.Config, slas.PRESETS, ["--out", "out", "--resume", "--gpu-memory", "24"], slas.METHODS)
+    assert again.fisher_every == first.fisher_every and again.offload > first.offload
+
+
+def test_a_sample_wants_prompts(refused):
+    refused(proxt2i, ["sample", "--eval-every", "0", "--val-images", "0"], "--val-images 0: 1 or more")
 
 
 @pytest.mark.parametrize("module", (grpo, slas))

@@ -231,6 +231,20 @@ def test_folders(tmp_path):
         Images(table, 16)
 
 
+def test_folders_behind_links(tmp_path):
+    """Are read like others; a link that leads back is not followed, and two that lead to each other end."""
+    (tmp_path / "in" / "b").mkdir(parents=True), (tmp_path / "far" / "deep").mkdir(parents=True)
+    for file in ("in/b/0.png", "far/1.png", "far/deep/2.png"):
+        (tmp_path / file).write_bytes(picture(0))
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "far"), (tmp_path / "far" / "deep" / "up").symlink_to("..")
+    (tmp_path / "in" / "b" / "whole").symlink_to(tmp_path / "in"), (tmp_path / "far" / "gone").symlink_to("nowhere")
+    assert [key for _, key, _ in data.find_shards(tmp_path / "in")] == ["a/1", "a/deep/2", "b/0"]
+    (tmp_path / "far" / "deep" / "up").unlink(), (tmp_path / "far" / "deep" / "other").symlink_to(tmp_path / "in" / "b")
+    (tmp_path / "in" / "b" / "other").symlink_to(tmp_path / "far" / "deep")
+    assert [key for _, key, _ in data.find_shards(tmp_path / "in")] == [
+        "a/1", "a/deep/2", "a/deep/other/0", "b/0", "b/other/2"]
+
+
 # =============================================================================================================== damage
 
 BOMB = picture("red", (3000, 3000))
@@ -311,7 +325,7 @@ def test_a_shard_cut_anywhere(tmp_path):
 
 def test_refused(tmp_path, shards):
     for paths, words in ((tmp_path, "no images"), (tmp_path / "gone", "gone"), ([], "no images"),
-                         (str(tmp_path / "*.tar"), "pattern")):
+                         (str(tmp_path / "*.tar"), "pattern"), ([shards, str(tmp_path / "*.png")], r"no .*\*\.png: ")):
         with pytest.raises(ValueError, match=words):
             Images(paths, 16)
     with pytest.raises(ValueError, match="4 shards cannot be dealt to 5"):
@@ -320,9 +334,9 @@ def test_refused(tmp_path, shards):
     for epochs in (1, None):                                           # the endless stream does not search for ever
         with pytest.raises(ValueError, match=r"nothing to use.*bad.tar: \{'no image': 1\}"):
             keys(Images(tmp_path, 16, epochs=epochs))
-    write_tar(tmp_path / "bad.tar", {})
-    with pytest.raises(ValueError, match="nothing to use"):
-        keys(Images(tmp_path, 16))
+    write_tar(tmp_path / "bad.tar", {}), write_tar(tmp_path / "worse.tar", {}), write_tar(tmp_path / "worst.tar", {})
+    with pytest.raises(ValueError, match="rank 1 found nothing to use in its 1 of the 3 shards"):
+        keys(Images(tmp_path, 16, rank=1, world=2))
     state = Images(shards, 16).state()
     for other in (Images(shards, 16, seed=1), Images(shards, 16, 1, 2), Images(shards / "00000.tar", 16),
                   Images(shards, 8)):
@@ -534,15 +548,18 @@ def test_scores_by_a_function(tmp_path):
 def test_curate_says_what_is_wrong_in_one_line(tmp_path, capsys):
     """Code 2; and a score that is there and no number is a low one, not the end of all."""
     (tmp_path / "file").write_text("")
-    for name, text in (("open.py", "def red(image:"), ("ends.py", "raise SystemExit"), ("red.py", "def red(): pass")):
+    for name, text in (("open.py", "def red(image:"), ("ends.py", "raise SystemExit"), ("red.py", "def red(): pass"),
+                       ("key.py", "def red(image):\n    return {}['red']\n")):
         (tmp_path / name).write_text(text)
     source = rows(tmp_path / "in" / "0.tar", one("0"))
     for out, flags, words in (
             ("file", (), "is a file"), ("a", ("--workers", 0), "--workers 0: 1 or more"),
             ("a", ("--min-aesthetic", "nan"), "--min-aesthetic nan"), ("a", ("--stage", 300), "--stage"),
+            ("a", ("--timeout", 0), "--timeout 0: more than 0"), ("a", ("--timeout", "nan"), "--timeout nan"),
             ("a", ("--aesthetic", f"{tmp_path}/open.py:red"), "does not load: SyntaxError"),
             ("a", ("--aesthetic", f"{tmp_path}/ends.py:red"), "does not load: SystemExit"),
-            ("b", ("--aesthetic", f"{tmp_path}/red.py:red", "--aesthetic-field", "mine"), "red.py:red failed: Type")):
+            ("b", ("--aesthetic", f"{tmp_path}/red.py:red", "--aesthetic-field", "mine"), "red.py:red failed: Type"),
+            ("d", ("--aesthetic", f"{tmp_path}/key.py:red", "--aesthetic-field", "mine"), f"({tmp_path}/key.py:2)")):
         with pytest.raises(SystemExit) as end:
             curate(source, tmp_path / out, "--no-caption", *flags)
         err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
@@ -805,3 +822,37 @@ def test_bad_options_end_with_two_and_one_line(tmp_path, capsys):
         assert f"{name} is gone" in capsys.readouterr().err
         (tmp_path / name).rename(tmp_path / "done" / name)
     curate(source, tmp_path / "done", *keep)
+
+
+# ============================================================================================================== prompts
+
+def test_a_weight_is_its_tasks(tmp_path):
+    """Only a task's first row would count: rows of one tag that differ are refused."""
+    file = tmp_path / "a.jsonl"
+    for rows, words in (([("x", 2), ("y", 1), ("x", 3)], "row 3: weight 3, and 2 in the first row with tag 'x'"),
+                        ([("x", 2), ("x", None)], "row 2: weight 1, and 2 in"),
+                        ([(None, None), (None, 2)], "row 2: weight 2, and 1 in the first row with no tag"),
+                        ([("x", 2), ("x", 2), ("y", None), ("y", 1)], None)):
+        rows = [{"prompt": "a dog"} | {name: value for name, value in (("tag", tag), ("weight", weight)) if value}
+                for tag, weight in rows]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        if words:
+            with pytest.raises(ValueError, match=f"a.jsonl: {words}"):
+                data.prompts(file, "train")
+        else:
+            assert data.prompts(file, "train") == rows and len(data.tasks_of(rows)) == 3
+
+
+def test_a_column_of_translations_is_not_unigenbenchs(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,prompt_zh\na cat,\u4e00\u53ea\u732b\n", encoding="utf-8")
+    assert [row["prompt"] for row in data.prompts(tmp_path / "a.csv", "train")] == ["a cat"]
+
+
+@pytest.mark.parametrize("name, text, words", (
+    ("a.json", "[" * 100000, "recursion"), ("a.jsonl", '"a dog"\n' + "[" * 100000, "line 2: .*recursion"),
+    ("a.json", f"[{'1' * 5000}]", "5000 digits"), ("a.jsonl", "1" * 5000, "line 1: .*5000 digits"),
+    ("a.csv", f"prompt,weight\na dog,{'1' * 5000}\n", "5000 digits")))
+def test_json_that_python_cannot_hold(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} is not a valid .*{words}"):
+        data.prompts(tmp_path / name, "train")

@@ -253,7 +253,19 @@ def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
     scoring.add(image, ["bad"], [{}])                                  # the last chunk: no other one finds it
     with pytest.raises(ValueError) as error:
         scoring.result()
-    assert {*said, str(error.value)} == {"the reward mine failed: KeyError: 'no such judge'"}
+    line = score.__code__.co_firstlineno + 2
+    assert {*said, str(error.value)} == {f"the reward mine failed: KeyError: 'no such judge' ({__file__}:{line})"}
+
+
+@pytest.mark.parametrize("overlap", (True, False))
+def test_a_reward_that_runs_out_of_memory_says_so(overlap):
+    """In its own kind, for which exit_codes knows what helps, from the thread, too."""
+    def score(images, prompts, metas):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    scoring, _ = scoring_of(score, overlap)
+    with pytest.raises(torch.OutOfMemoryError):
+        scoring.add(torch.zeros(1, 3, 2, 2), ["a"], [{}])
+        scoring.result()
 
 
 def test_a_failure_with_chunks_in_the_queue_is_an_error_like_others(flags, capsys):
@@ -479,11 +491,57 @@ def test_a_full_disk_in_torch_save(tmp_path):
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write .*file/state.pt: Not a directory"):
+        data.write_atomic(tmp_path / "file" / "state.pt", b"new")
+
+
+def test_a_full_disk_under_the_metrics():
+    run = types.SimpleNamespace(out=Path("/dev"))
+    with pytest.raises(ValueError, match="cannot write /dev/full: No space left on device"):
+        data.Run._append(run, "full", {"step": 1})
+
+
+def test_a_sum_over_processes_leaves_what_it_sums(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+    run, x = types.SimpleNamespace(world=2, device=torch.device("cpu")), torch.ones(3)
+    assert data.Run.sum(run, x).tolist() == [2, 2, 2] and x.tolist() == [1, 1, 1]
+
+
+def test_what_parts_ways_is_kept_in_memory(tmp_path, monkeypatch):
+    """The same as from the whole files at each evaluation, over a resume, and without rows that are not needed."""
+    rng, cfg, said, seen = random.Random(0), grpo.Config(reward="a", eval_reward="b", gold_reward="c"), [], []
+    run = object.__new__(data.Run)
+    run.cfg, run.out, run.rank, run.device, run.before, run.start = cfg, tmp_path, 0, torch.device("cpu"), None, 0
+    run.count, run.laps, run.mark = {"step": 0, "seconds": 0.0}, {}, 0
+    monkeypatch.setattr(data.Run, "say", lambda self, text: said.append(text))
+
+    def evaluation(step):
+        return {"eval": rng.random(), "eval_error": .01, "eval_gold": .5 - .002 * step + .05 * rng.random(),
+                "gold_error": 1 / 300, "tags": {"all": 1.0}}
+    run.log_evals({"split": "val", **evaluation(0)})
+    for step in range(1, 200):
+        run.count["step"] = step
+        row = {"reward": .001 * step + .02 * rng.random(), "loss": 0.0} | (evaluation(step) if step % 4 == 0 else {})
+        if step % 4 == 0:
+            start, before = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                             for name in ("evals.jsonl", "metrics.jsonl"))
+            seen.append(bool(data.parting(start[:1] + before + [{**run.count, **row}])))
+            run.log_evals({"split": "val", **row})
+        run.log(row)
+        assert len(run.before or ()) < 40
+        run.before = None if step == 102 else run.before               # resumed
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["parted"] for row in rows if "parted" in row] == seen and {*seen} == {True, False}
+    assert len(said) == sum(b and not a for a, b in zip([False, *seen], seen)) and 30 < len(run.before) < 40
+
+
 def test_json_has_no_nan():
     row = data.finite({"a": math.nan, "b": {"c": [1.0], "d": -math.inf, "e": {"f": 2.5}}, "g": "NaN", "h": 1.25e-9,
-                       "i": 1 / 3, "j": 3})
+                       "i": 1 / 3, "j": 3, "k": [1 / 3, math.nan, (math.inf, {"l": 2 / 3})]})
     assert row == {"a": None, "b": {"c": [1.0], "d": None, "e": {"f": 2.5}}, "g": "NaN", "h": 1.25e-9, "i": .333333333,
-                   "j": 3}
+                   "j": 3, "k": [.333333333, None, [None, {"l": .666666667}]]}
     json.dumps(row, allow_nan=False)
 
 
@@ -638,7 +696,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("module, settings, decays", (
-    (dgpo, dict(ema=.6), (.6, .6)), (dgpo, dict(ema=.3, ema_ramp=.2), (.2, .3)), (grpo, dict(ema=.6), (.6, .6)),
+    (dgpo, dict(ema=.6), (.6, .6)), (dgpo, dict(ema=.1, ema_ramp=.2, steps=3), (0, .1, .1)), (grpo, dict(ema=.6), (.6, .6)),
     (grpo, dict(ema=.6, ema_every=2), (1, .6))), ids=lambda value: getattr(value, "__name__", None) or str(value))
 def test_the_moving_average(module, settings, decays, flags, random_model, monkeypatch):
     seen = watched(monkeypatch)
