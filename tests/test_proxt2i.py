@@ -128,7 +128,7 @@ def test_the_mixtures_proximal_operator_is_the_minimum():
 
 
 def test_euler_with_the_papers_gamma():
-    """--score-gamma start: X' = X + gamma (X/2 + score) + sqrt(gamma) xi with gamma = beta(t) dt, [2], and half of it."""
+    """--score-gamma start: X' = X + gamma (X/2 + score) + sqrt(gamma) xi, gamma = beta(t) dt, as [2]; half of it."""
     score, n = gaussian(0.7, 0.3)["score"], 5
     noise = {k: torch.randn(4, 1, 2, 2, dtype=torch.float64) for k in range(n + 1)}
     x = {"sde": noise[0], "ode": noise[0]}
