@@ -697,7 +697,8 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("module, settings, decays", (
     (dgpo, dict(ema=.6), (.6, .6)), (dgpo, dict(ema=.1, ema_ramp=.2, steps=3), (0, .1, .1)),
-    (grpo, dict(ema=.6), (.6, .6)), (grpo, dict(ema=.6, ema_every=2), (1, .6))), ids=lambda value: getattr(value, "__name__", None) or str(value))
+    (grpo, dict(ema=.6), (.6, .6)), (grpo, dict(ema=.6, ema_every=2), (1, .6))),
+    ids=lambda value: getattr(value, "__name__", None) or str(value))
 def test_the_moving_average(module, settings, decays, flags, random_model, monkeypatch):
     seen = watched(monkeypatch)
     _, _, state = run(module, flags(updates=1, dtype="float64", **settings))
