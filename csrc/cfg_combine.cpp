@@ -110,7 +110,6 @@ bool followed(const Tensor& x) {                                           // Fu
 }
 
 Tensor combine_autograd(c10::DispatchKeySet keys, const Tensor& uncond, const Tensor& cond, double scale) {
-    check_same("cfg_combine", uncond, cond);                               // before one of two devices is chosen
     if (followed(uncond) || followed(cond)) return Combine::apply(uncond, cond, scale);
     static auto op = find<Tensor(const Tensor&, const Tensor&, double)>("t2i::cfg_combine");
     return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, uncond, cond, scale);

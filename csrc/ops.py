@@ -528,6 +528,7 @@ def register(ops):
 
     @torch.library.register_fake("t2i::cfg_combine")
     def _(uncond, cond, scale):
+        check_same("cfg_combine", uncond=uncond, cond=cond)
         return uncond.new_empty(uncond.shape)
 
     @torch.library.register_fake("t2i::cfg_combine_backward")
