@@ -438,15 +438,20 @@ def test_an_empty_out_is_used(module, small):
 
 @BOTH
 def test_prompts_that_the_judge_refuses_are_found_before_training(module, small, refused):
-    """A word that the verifier does not know, in the test prompts alone; in those of validation, if there are any."""
+    """A class that the verifier does not know, in the test prompts alone, then in those of validation alone."""
     Path("p").mkdir()
-    for name, text in (("train", "a photo of a red ring\na photo of a blue star\n"), ("val", "a photo of a red ring\n"),
-                       ("test", "a photo of a red ring\na photo of a cat\n")):
-        Path(f"p/{name}.txt").write_text(text)
-    line = [*small, "--prompts", "p", "--reward", "red.py:red", "--eval-reward", "shapes-strict"]
+    good = data.world_prompts("test")[:2]
+    bad = [{"prompt": "a photo of a cat", "include": [{"class": "cat", "count": 1}]}] * 2
     Path("red.py").write_text("def red(images, prompts, metas):\n    return images[:, 0].mean((1, 2))\n")
-    refused(module, line, "a photo of a cat")
-    assert not Path("out").exists()
+    line = [*small, "--prompts", "p", "--reward", "red.py:red", "--eval-reward", "shapes-strict", "--eval-every", "1"]
+    for unknown in ("test", "val", ""):
+        for split in ("train", "val", "test"):
+            rows = bad if split == unknown else good
+            Path(f"p/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if unknown:
+            refused(module, line, "a photo of a cat")
+            assert not Path("out").exists()
+    module.main(line)                                                  # and without it there is nothing to refuse
 
 
 @BOTH

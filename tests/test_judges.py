@@ -25,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url, self.count, self.bodies = f"http://127.0.0.1:{self.server_port}/v1", itertools.count(), []
+        self.keys = []
         self.answer = lambda body, image, n: (200, "Final Score: 4")
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
 
@@ -37,6 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         n, body = next(self.server.count), json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
         self.server.bodies.append(body)
+        self.server.keys.append(self.headers["Authorization"])
         urls = [part["image_url"]["url"] for part in body["messages"][0]["content"] if "image_url" in part]
         image = Image.open(io.BytesIO(base64.b64decode(urls[0].partition(",")[2]))) if urls else None
         status, answer = self.server.answer(body, image, n)
@@ -416,7 +418,7 @@ def test_an_image_that_the_server_refuses_is_nan(server, monkeypatch, capsys):
 def test_the_key_is_never_printed(server, monkeypatch):
     server.answer = lambda body, image, n: (200, "Score: 5")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret123\r\n")           # a file's last line
-    assert ask("vlm", grey(1))[0] == [1.]
+    assert ask("vlm", grey(1))[0] == [1.] and server.keys == ["Bearer sk-secret123"]
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret123")
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
         ask("vlm", grey(1))

@@ -57,9 +57,12 @@ def cache(tmp_path_factory):
 
 def test_emulated_kernels_pass_the_tests_of_the_ops(cache):
     path = [folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, "nvcc").exists()]
+    [library] = cache.glob("*.so")
+    emulated = library.read_bytes()
     env = os.environ | {"T2I_OPS_CACHE": str(cache), "CUDA_HOME": str(cache), "PATH": os.pathsep.join(path)}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_csrc.py", "-k",
                            "not cuda and not nvcc and not library and not importing and not torch_compile"], cwd=ROOT,
                           capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
+    assert [*cache.glob("*.so")] == [library] and library.read_bytes() == emulated         # no CPU's own built in its place

@@ -641,3 +641,20 @@ def test_training_on_files_resumes_inside_the_data(tmp_path, capsys, monkeypatch
     run([*line, "--out", "parts", "--resume"], capsys)
     one, two = (torch.load(f"{name}/last/state.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one["params"], two["params"])) and one["places"] == two["places"]
+
+
+@pytest.mark.parametrize("method, most", (("prox", .3), ("score", .12)))
+def test_the_shipped_models_know_what_training_asks(method, most, tmp_path, capsys, monkeypatch):
+    """A step's loss of the shipped weights, .196 and .061 (untrained .93 and .91): target, noise, lambda, v are theirs."""
+    monkeypatch.chdir(tmp_path)
+    run(["finetune", "--method", method, "--model", f"tiny-{method}", "--batch", 64, "--steps", 1, "--zeta-start", 0,
+         "--dtype", "float32", "--out", "out", *SMALL], capsys)
+    assert .01 < json.loads(Path("out/metrics.jsonl").read_text())["loss"] < most
+
+
+def test_sample_paints_and_scores_validation_prompts(fresh, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    last = run(["sample", "--model", fresh / "prox", "--out", "out", "--eval-reward", "shapes-soft", *SMALL], capsys)
+    row, = (json.loads(line) for line in Path("out/evals.jsonl").read_text().splitlines())
+    assert last["eval_after"] is None and last["steps"] == 0 and last["eval_before"] == round(row["eval"], 4)
+    assert (row["split"], row["guidance"]) == ("val", 1) and Image.open("out/samples/sample.png").width > 56
