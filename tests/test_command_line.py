@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("alone")
 BAR = ("dgpo: ", "grpo: ")                                             # how a line of the progress bar starts
 BOTH = pytest.mark.parametrize("module", (dgpo, grpo), ids=("dgpo", "grpo"))
+FOUR = pytest.mark.parametrize("module", (dgpo, grpo, slas, proxt2i), ids=lambda module: module.__name__)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def snapshot(folder):
 
 # ============================================================================================================= flags
 
-@BOTH
+@FOUR
 def test_every_field_is_a_flag_with_a_comment(module, capsys):
     source = Path(module.__file__).read_text().split("class Config:")[1].split("def __post_init__")[0]
     commented = {line.split(":")[0].strip() for line in source.splitlines() if ":" in line and "  # " in line}
@@ -92,7 +93,7 @@ def test_every_field_is_a_flag_with_a_comment(module, capsys):
     assert "--no-fused" in said and module.__doc__.split(".")[0] in said
 
 
-@BOTH
+@FOUR
 def test_the_common_flags_are_there(module):
     names = {field.name for field in dataclasses.fields(module.Config)}
     assert names >= set("model weights method preset reward eval_reward prompts steps sample_steps eval_steps groups "

@@ -103,9 +103,12 @@ def test_a_run_of_ours_and_on_diffusers(family, peers, tmp_path):
 
 
 def test_a_plan_fits():
-    """The 24 GB plan of SD3.5 Medium, counted at full size: what csrc/BENCHMARKS.md says, and room for a reward."""
+    """The 24 GB plan of SD3.5 Medium, counted at full size in one step of a rollout: as it was, with room for a reward.
+
+    csrc/BENCHMARKS.md has the plan's own ten steps, which hold a little more.
+    """
     [row] = count.table([("dgpo", "sd35m", 24, ())], ("--steps", 1, "--sample-steps", 1))
-    assert max(row["rollout"][0], row["update"][0]) < .78 * 24, row
+    assert row["rollout"][0] == pytest.approx(12.3, abs=.3) and row["update"][0] == pytest.approx(9.8, abs=.3), row
 
 
 def test_wrong_words():

@@ -709,7 +709,7 @@ def test_a_stale_or_broken_library_is_not_loaded(tmp_path, monkeypatch):
 
 
 def test_a_broken_library_is_built_anew(tmp_path, monkeypatch):
-    """And where what is built does not load either, `python csrc/ops.py build` says so and fails."""
+    """And where what is built does not load either, it says so; the command then fails."""
     monkeypatch.setattr(ops, "CACHE", tmp_path)
     monkeypatch.setattr(ops, "lib", None)
     monkeypatch.setattr(ops, "find_nvcc", lambda: None)
@@ -722,6 +722,14 @@ def test_a_broken_library_is_built_anew(tmp_path, monkeypatch):
         return tmp / "t2i.so"
     monkeypatch.setattr(ops, "compile_into", compile_into)
     assert "could not be loaded" in ops.build() and len(made) == 1 and target.read_text() == "nor this"
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = -o ] && echo rubbish > $2; shift; done\n")
+    compiler.chmod(0o755)
+    path = os.pathsep.join(f for f in os.environ["PATH"].split(os.pathsep) if not Path(f, "nvcc").exists())
+    env = os.environ | {"CXX": str(compiler), "T2I_OPS_CACHE": str(tmp_path / "other"), "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "csrc/ops.py", "build"], cwd=ROOT, capture_output=True, text=True,
+                          env=env | {"PATH": path})
+    assert done.returncode == 1 and "could not be loaded" in done.stdout, done.stderr
 
 
 def test_importing_brings_in_nothing_else():
@@ -737,6 +745,10 @@ def test_nvcc_compiles_the_kernels_for_sm_90_without_torch(name, tmp_path):
     command = [ops.find_nvcc(), "-arch=sm_90", "-Werror", "all-warnings", "-c", f"csrc/{name}.cu", "-o", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and out.stat().st_size > 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc").glob("*.cu")))
+def test_kernels_include_nothing_of_torch(name):
     text = "".join((ROOT / "csrc" / file).read_text() for file in (f"{name}.cu", *HEADERS))
     assert "#include <torch" not in text and "#include <ATen" not in text and "#include <c10" not in text
 

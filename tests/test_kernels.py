@@ -65,4 +65,4 @@ def test_emulated_kernels_pass_the_tests_of_the_ops(cache):
                           capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
-    assert [*cache.glob("*.so")] == [library] and library.read_bytes() == emulated         # no CPU's own built in its place
+    assert [*cache.glob("*.so")] == [library] and library.read_bytes() == emulated       # no CPU's own in its place

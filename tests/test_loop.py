@@ -573,7 +573,6 @@ def test_weights_of_another_model_are_refused():
 
 
 def test_before_a_run_has_begun_signals_end_it(flags, monkeypatch):
-    """And so they do in proxt2i.py's compare and sample, which have nothing to save."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     seen = []
     for place, name in (data.Run, "prepare"), (data, "evaluate"):     # texts are encoded; the start is scored

@@ -645,7 +645,7 @@ def test_training_on_files_resumes_inside_the_data(tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize("method, most", (("prox", .3), ("score", .12)))
 def test_the_shipped_models_know_what_training_asks(method, most, tmp_path, capsys, monkeypatch):
-    """A step's loss of the shipped weights, .196 and .061 (untrained .93 and .91): target, noise, lambda, v are theirs."""
+    """A step's loss of the shipped weights, .196 and .061 (untrained .93 and .91): target, noise, lambda, v."""
     monkeypatch.chdir(tmp_path)
     run(["finetune", "--method", method, "--model", f"tiny-{method}", "--batch", 64, "--steps", 1, "--zeta-start", 0,
          "--dtype", "float32", "--out", "out", *SMALL], capsys)

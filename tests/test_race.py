@@ -63,10 +63,9 @@ def rise(method, seed, out, reward="red.py:red"):
 
 @pytest.mark.parametrize("method", RISE)
 def test_every_method_learns(method):
-    """Within three standard deviations over the seeds, a range above no change."""
+    """Within three standard deviations over the seeds, and by half of their mean at least."""
     _, mean, std = RISE[method]
-    assert mean - 3 * std > 0
-    assert abs(rise(method, 0, "out") - mean) < 3 * std
+    assert max(mean / 2, mean - 3 * std) < rise(method, 0, "out") < mean + 3 * std
 
 
 @pytest.mark.parametrize("method, module", (("flow-grpo", grpo), ("diffusion-dpo", dgpo)))

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import models
 import rewards
 import slas
 import spread
-import test_command_line
 from test_command_line import refused, small                           # noqa: F401 (fixtures)
 from test_loop import flags, process, run, same, without_seconds       # noqa: F401
 
@@ -309,7 +309,7 @@ def test_a_plain_gradient_step_stays_in_the_budget(budget):
         with models.using(params, [p + eta * g if g is not None else p for p, g in zip(params, grads)]), \
                 torch.no_grad():
             kls.append(slas.kl_loss(net(x), before, None, None, std, 0, "gaussian").item())
-    assert budget / 50 < kls[0] <= budget < kls[1] * 50, kls
+    assert budget / 4 < kls[0] <= budget, kls                           # .37 of it
     assert kls[1] > 1.3 * kls[0]                                       # a larger gamma moves further
 
 
@@ -477,10 +477,6 @@ def test_bad_input(line, words, small, refused):                       # noqa: F
     assert not Path("out").exists()
 
 
-def test_flags(capsys):
-    test_command_line.test_every_field_is_a_flag_with_a_comment(slas, capsys)
-
-
 def test_presets(monkeypatch):
     for model, reward in (("sd14", "hpsv2:1,clip-dfn:1"), ("flux", "hpsv2:0.7,clip-dfn:1.4")):
         for preset in ("paper", "official"):
@@ -526,3 +522,4 @@ def test_the_diff_is_the_paper():
     said = subprocess.run(["diff", ROOT / "grpo.py", ROOT / "slas.py"], capture_output=True, text=True).stdout
     gone, come = ([line for line in said.splitlines() if line.startswith(mark)] for mark in "<>")
     assert 40 < len(gone) + len(come) < 120 and len(gone) < 20
+    assert not re.search(r"^[\d,]+d\d", said, re.M)                    # diff's word for lines that only go
