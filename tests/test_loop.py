@@ -433,8 +433,16 @@ def test_ctrl_c_at_a_terminal_exits_with_0(flags):
 
 def test_ctrl_c_before_the_first_step_ends_at_once(flags):
     """There is nothing to save and nothing to evaluate. The process dies of the signal, so that a shell's loop ends."""
-    Path("stops.py").write_text("import os\nimport signal\n\n\ndef score(images, prompts, metas):\n"
-                                "    os.kill(os.getpid(), signal.SIGINT)\n    return images.mean((1, 2, 3))\n")
+    Path("stops.py").write_text("""import os
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)               # which a shell's background jobs ignore
+
+
+def score(images, prompts, metas):
+    os.kill(os.getpid(), signal.SIGINT)
+    return images.mean((1, 2, 3))
+""")
     child = process(ROOT / "dgpo.py", [*flags(eval_every=1), "--eval-reward", "stops.py:score"])
     _, err = child.communicate(timeout=600)
     assert child.returncode == -signal.SIGINT and err.splitlines()[-1] == "interrupted" and "Traceback" not in err
