@@ -549,7 +549,7 @@ def train(cfg):
                         logs[3] += hold(net, params, start, x_0[s], eps, text, null, keys, G, total, cfg, pipe.ddpm)
             grad_norm = run.update(opt, params, cfg.max_grad_norm)
             if ema:
-                decay = min(cfg.ema, cfg.ema_ramp * (run.count["updates"] - 1)) if cfg.ema_ramp else cfg.ema
+                decay = min(cfg.ema, cfg.ema_ramp * max(run.count["updates"] - 1, 0)) if cfg.ema_ramp else cfg.ema
                 models.move(ema, params, 1 - decay)
         # 5. Report
         loss, kl, dsm, held = (run.sum(logs) / cfg.updates).tolist()
