@@ -159,7 +159,7 @@ def group_advantage(reward, group_size, std="group"):
     dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
     by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
           "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
-    return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # Eq. (1)
+    return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # A_i  (B,)
 # == end ==
 
 
