@@ -25,6 +25,7 @@ tokens, N image tokens, D width.
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -72,9 +73,10 @@ def weight_files(directory):
         for variant in ("", ".fp16"):
             index = directory / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                files = [directory / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
-                if not files:
+                names = read_json(index).get("weight_map")
+                if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
                     raise ValueError(f"{index} is damaged, it names no file: download it again")
+                files = [directory / file for file in sorted(set(names.values()))]
                 for file in files:
                     if not file.is_file():
                         raise FileNotFoundError(f"{file} is missing, and {index.name} names it: download it again")
@@ -82,7 +84,7 @@ def weight_files(directory):
             file = directory / f"{name}{variant}.safetensors"
             if file.is_file():
                 return [file]
-    there = sorted(file.name for file in directory.glob("*.safetensors*") if file.suffix != ".new")    # half a file
+    there = sorted(f.name for f in directory.glob("*.safetensors*") if f.is_file() and f.suffix != ".new")   # not half
     if there:
         raise FileNotFoundError(f"{directory} holds {there[0]}; what is read is diffusion_pytorch_model.safetensors, "
                                 f"model.safetensors, either as .fp16, or shards with their index: download one, or "
@@ -99,59 +101,79 @@ def refuse_pickle(file):
                          f"Download that, or let diffusers or transformers write one: save_pretrained does")
 
 
+@contextlib.contextmanager
+def open_tensors(file):
+    """A memory-mapped safetensors file. Raises OSError where it cannot be read, ValueError if damaged or a pickle."""
+    refuse_pickle(file)
+    with open(file, "rb"):                                            # for safe_open, a forbidden file is a missing one
+        pass
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from None
+
+
 def read_tensors(files, want, rename=lambda key: key, ignore=(), prefixes=(), optional=()):
     """Yield (name, tensor) from memory-mapped safetensors files: exactly the names and shapes of the dict `want`.
 
     rename maps a file's other keys, old names of the same tensors, to a name; keys that end in one of `ignore` are
     skipped. A file that has one of `prefixes` holds other networks too: only keys that begin so are read. Names in
-    `optional` may be missing. Raises FileNotFoundError, or ValueError naming the damaged file or the first tensor that
-    is unexpected, wrongly shaped or missing.
+    `optional` may be missing. Raises OSError, or ValueError naming the damaged file or the first tensor that is
+    unexpected, in two files, wrongly shaped, quantised or missing.
     """
-    missing = dict.fromkeys(name for name in want if name not in optional)
+    missing, found = dict.fromkeys(name for name in want if name not in optional), {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = list(tensors.keys())
-            prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), "")
-            for key in keys:
-                if not key.startswith(prefix):
-                    continue
-                name = key.removeprefix(prefix)
-                name = name if name in want else rename(name)
-                if name not in want and key.endswith(tuple(ignore)):
-                    continue
-                if name not in want:
-                    raise ValueError(f"{file}: unexpected tensor {key}: the file belongs to another architecture")
-                with safe_open(file, framework="pt") as tensors:      # closed again, it gives its pages back: one copy
-                    tensor = tensors.get_tensor(key)
-                if tensor.shape != want[name].shape:
-                    raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, the network's {name} is "
-                                     f"{tuple(want[name].shape)}: the file belongs to another configuration")
-                missing.pop(name, None)
-                yield name, tensor
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): download it again") from None
+        with open_tensors(file) as tensors:
+            keys = list(tensors.keys())
+        prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), "")
+        for key in keys:
+            if not key.startswith(prefix):
+                continue
+            name = key.removeprefix(prefix)
+            name = name if name in want else rename(name)
+            if name not in want and key.endswith(tuple(ignore)):
+                continue
+            if name not in want:
+                raise ValueError(f"{file}: unexpected tensor {key}: the file belongs to another architecture")
+            if found.setdefault(key, file) != file:
+                raise ValueError(f"{file}: {key} is in {found[key]}, too: download the directory again")
+            with open_tensors(file) as tensors:                       # closed again, it gives its pages back: one copy
+                tensor = tensors.get_tensor(key)
+            if tensor.shape != want[name].shape:
+                raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, the network's {name} is "
+                                 f"{tuple(want[name].shape)}: the file belongs to another configuration")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: {key} is {tensor.dtype}, not floating point: quantised files are not read")
+            missing.pop(name, None)
+            yield name, tensor
     if missing:
-        raise ValueError(f"{files[0]}: tensor {next(iter(missing))} is missing, {len(missing)} in all: the file is "
-                         f"incomplete or belongs to another architecture")
+        cause = "the file is incomplete or belongs to another architecture"
+        if all("guidance" in name for name in missing):
+            cause = "it is FLUX.1-schnell's: guidance_embeds is false in transformer/config.json of its directory"
+        raise ValueError(f"{files[0]}: tensor {next(iter(missing))} is missing, {len(missing)} in all: {cause}")
 
 
-def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-    """Read config.json and *.safetensors (one file, or shards with an index) from a directory, strictly.
-
-    Returns the network in eval mode, without gradients. Raises FileNotFoundError or ValueError naming file and tensor.
-    """
-    directory = Path(directory)
-    config = read_json(directory / "config.json")
+def skeleton(cls, directory):
+    """The network of a directory's config.json, shapes without memory. Raises OSError or ValueError naming the file."""
+    config = read_json(Path(directory) / "config.json")
     name = config.get("_class_name") or (config.get("architectures") or [None])[0]
     if name is not None and name not in cls.public_names:
         raise ValueError(f"{directory}/config.json describes a {name}, not a {' or '.join(cls.public_names)}: is it "
                          f"another part of the pipeline?")
     try:
-        with torch.device("meta"):                                    # shapes without memory
-            net = cls(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory}/config.json: {error}") from None
+        with torch.device("meta"):
+            return cls(**config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory}/config.json: no network can be made of it: {error}") from None
+
+
+def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+    """Read config.json and *.safetensors (one file, or shards with an index) from a directory, strictly.
+
+    Returns the network in eval mode, without gradients. Raises OSError or ValueError naming file and tensor.
+    """
+    net = skeleton(cls, directory)
     tensors = read_tensors(weight_files(directory), net.state_dict(), cls.rename, cls.ignore)
     net.load_state_dict({name: tensor.to(device, copy=True).to(dtype) for name, tensor in tensors}, assign=True)
     return net.eval().requires_grad_(False)
@@ -558,9 +580,10 @@ class Flux(nn.Module):
                  attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768,
                  guidance_embeds=False, axes_dims_rope=(16, 56, 56), **_):
         super().__init__()
-        if patch_size != 1 or out_channels not in (None, in_channels) or sum(axes_dims_rope) != attention_head_dim:
+        good_axes = sum(axes_dims_rope) == attention_head_dim and [d % 2 for d in axes_dims_rope] == [0, 0, 0]
+        if patch_size != 1 or out_channels not in (None, in_channels) or not good_axes:
             raise ValueError(f"patch_size={patch_size}, out_channels={out_channels}, axes_dims_rope={axes_dims_rope}: "
-                             f"only 1, in_channels and axes that fill a head of {attention_head_dim} are implemented")
+                             f"only 1, in_channels, three even axes that fill a head of {attention_head_dim} are known")
         dim = num_attention_heads * attention_head_dim
         self.config = dict(_class_name="FluxTransformer2DModel", patch_size=patch_size, in_channels=in_channels,
                            out_channels=out_channels, num_layers=num_layers, num_single_layers=num_single_layers,
@@ -619,6 +642,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, dim_context, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"attention_head_dim={heads}, the number of heads, does not divide a width of {dim}")
         self.heads, self.to_q = heads, nn.Linear(dim, dim, bias=False)
         self.to_k, self.to_v = (nn.Linear(dim_context, dim, bias=False) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
@@ -1021,6 +1046,8 @@ class VAE(nn.Module):
         if act_fn != "silu" or not mid_block_add_attention or latents_mean is not None or latents_std is not None:
             raise ValueError(f"act_fn={act_fn!r}, mid_block_add_attention={mid_block_add_attention}, latents_mean="
                              f"{latents_mean}, latents_std={latents_std}: only 'silu', True, None, None is implemented")
+        if not isinstance(scaling_factor, (int, float)) or not scaling_factor:
+            raise ValueError(f"scaling_factor={scaling_factor!r}: latents are multiplied by a number other than 0")
         widths, layers, groups, count = block_out_channels, layers_per_block, norm_num_groups, len(block_out_channels)
         self.config = dict(_class_name="AutoencoderKL", in_channels=in_channels, out_channels=out_channels,
                            block_out_channels=list(widths), layers_per_block=layers, latent_channels=latent_channels,
@@ -1126,6 +1153,8 @@ class CLIPText(nn.Module):
         super().__init__()                                           # the defaults are transformers'
         if hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act={hidden_act!r} is not implemented: 'quick_gelu' or 'gelu'")
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
         self.config = dict(architectures=list(architectures), model_type="clip_text_model", vocab_size=vocab_size,
                            hidden_size=hidden_size, intermediate_size=intermediate_size, projection_dim=projection_dim,
                            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
@@ -1281,8 +1310,8 @@ class CLIPTokenizer:
         else:
             table, pairs = read_json(vocab), merges.read_text(encoding="utf-8", errors="replace").splitlines()
             pairs = [line for line in pairs if line and not line.startswith("#version")]
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
         try:
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
             self.core = Tokenizer(models.BPE(table, pairs, **options))
         except Exception as error:                                    # the library raises nothing more precise
             names = both if absent else f"{vocab} or {merges}"
@@ -1290,8 +1319,12 @@ class CLIPTokenizer:
         config = read_json(directory / "tokenizer_config.json")
         start, end = "<|startoftext|>", "<|endoftext|>"
         pad = config.get("pad_token") or end
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        self.length = int(min(config.get("model_max_length") or 77, 77))                 # transformers' for none: 1e30
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        length = config.get("model_max_length") or 77                                    # transformers' for none: 1e30
+        if not isinstance(pad, str) or not isinstance(length, (int, float)) or not length >= 3:
+            raise ValueError(f"{directory}/tokenizer_config.json: model_max_length={length!r}, pad_token={pad!r}: at "
+                             f"least 3, and a token are wanted")
+        self.length = int(min(length, 77))
         made = {"".join(pair) for pair in pairs}                      # of half a file: prompts would be read by letters
         for token in table:
             if len(token.removesuffix("</w>")) > 1 and token not in made and not token.startswith("<"):
@@ -1452,7 +1485,6 @@ def from_single_file(cls, file, config, dtype=torch.float32, device="cpu", prefi
     """
     if cls not in ORIGINAL:
         raise ValueError(f"{file}: the original names of a {cls.__name__} are not known: use a directory as diffusers'")
-    refuse_pickle(file)
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} is missing: download it first")
     with torch.device("meta"):                                        # shapes without memory
@@ -1544,12 +1576,15 @@ class TextToImage:
         sd14 has the context alone, FLUX.1-dev the third. Each distinct prompt is encoded once, and kept: on disk after
         `prepare`, the last 1024 in memory.
         """
+        import data
         device = next(self.net.parameters()).device
-        for prompt in dict.fromkeys(prompts):
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        for prompt in place:
             if prompt not in self.features:      # alone: in a batch the last bits depend on the company, so on history
                 self.features[prompt] = [part[0] for part in self._kept(prompt)]
-        ctx = tuple(torch.stack([part.to(device) for part in parts])
-                    for parts in zip(*(self.features[prompt] for prompt in prompts)))
+        rows = data.sent(torch.tensor([place[prompt] for prompt in prompts]), device)    # (B,)
+        ctx = tuple(torch.stack(parts) for parts in zip(*(self.features[prompt] for prompt in place)))
+        ctx = tuple((part if part.device == device else data.sent(part, device))[rows] for part in ctx)
         for prompt in list(self.features)[:-1024]:
             del self.features[prompt]
         if self.family == "flux" and self.net.config["guidance_embeds"]:
@@ -1641,6 +1676,7 @@ class TextToImage:
         for prompt in tqdm(mine, desc="encoding prompts", disable=rank > 0 or not mine, dynamic_ncols=True):
             self._kept(prompt)
         self.encoders = ()
+        self.features = {prompt: [part.cpu() for part in parts] for prompt, parts in self.features.items()}  # as all
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -1730,9 +1766,10 @@ class RandomText:
                      .to(compute_dtype(self.pipe.net)) for shape in shapes)
 
 
-def check_widths(pipe, directory):
-    """Raise ValueError if the encoders give other widths than the network takes: parts of different models. Warn of
-    a CLIP that is pooled at a token other than its tokenizer's end, as a made-up small one may be."""
+def check_widths(pipe, directory, names):
+    """Raise ValueError if the encoders, parts `names`, give other widths than the network takes, or their tokenizers
+    other ids or lengths than they: parts of different models. Warn of a CLIP that is pooled at a token other than its
+    tokenizer's end, as a made-up small one may be."""
     config, widths = pipe.net.config, [(type(e) is T5Encoder, e.config) for e in pipe.encoders]
     clip = [c for t5, c in widths if not t5]
     tokens = [c["d_model"] for t5, c in widths if t5]
@@ -1747,33 +1784,47 @@ def check_widths(pipe, directory):
         raise ValueError(f"{directory}: the text encoders give {width} (CLIP) and {tokens} (T5) features a token and "
                          f"{pooled} pooled, the network takes {room} and {config.get('pooled_projection_dim')}: these "
                          f"parts are of different models")
-    for encoder, tokenizer in zip(pipe.encoders, pipe.tokenizers):
+    if pipe.family == "sd3" and len({t.length for t in pipe.tokenizers if isinstance(t, CLIPTokenizer)}) > 1:
+        raise ValueError(f"{directory}: the CLIP tokenizers' model_max_length differ, and SD3 joins their tokens")
+    for name, encoder, tokenizer in zip(names, pipe.encoders, pipe.tokenizers):
+        ids, room = max(tokenizer.core.get_vocab().values()) + 1, encoder.config["vocab_size"]
+        length = encoder.config.get("max_position_embeddings", tokenizer.length)
+        if ids > room or tokenizer.length > length:
+            raise ValueError(f"{directory / name.replace('text_encoder', 'tokenizer')} makes {tokenizer.length} tokens "
+                             f"of {ids} kinds, {directory / name} takes {length} of {room}: parts of different models")
         if pipe.family in ("sd3", "flux") and isinstance(encoder, CLIPText) and encoder.eos not in (2, tokenizer.end):
             warnings.warn(f"{directory}: a CLIP's eos_token_id is {encoder.eos}, its tokenizer ends a text with "
                           f"{tokenizer.end}, so its pooled features do not depend on the prompt: are these parts of "
                           f"different models?", stacklevel=2)
 
 
+def read_index(directory):
+    """(the class, the parts that it has) of a pipeline's model_index.json. Raises as `read_json` does."""
+    index = read_json(Path(directory) / "model_index.json")
+    return str(index.get("_class_name")), [name for name, value in index.items()
+                                           if isinstance(value, list) and any(value[:1])]
+
+
 def read_shift(directory):
     """The shift in a pipeline's scheduler_config.json; 0 where it depends on the resolution (FLUX.1-dev).
 
     1 where model_index.json names no scheduler. Raises FileNotFoundError where it names one that is not there, and
-    ValueError for times other than those of `schedule`, a line of shifts other than `flux_shift`'s, or DDPM steps other
-    than ALPHA_BAR's.
+    ValueError for times other than those of `schedule`, a scheduler of no flow times, a line of shifts other than
+    `flux_shift`'s, or DDPM steps other than ALPHA_BAR's.
     """
     file = Path(directory) / "scheduler" / "scheduler_config.json"
-    index = read_json(Path(directory) / "model_index.json")
-    if not file.is_file() and not (index.get("scheduler") or [None])[0]:
+    pipeline, parts = read_index(directory)
+    if not file.is_file() and "scheduler" not in parts:
         return 1.0
     config = read_json(file)
-    if index.get("_class_name") == "StableDiffusionPipeline":
-        config = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02) | config           # diffusers' defaults
+    if pipeline == "StableDiffusionPipeline":
+        config = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, shift=1.0) | config     # the defaults
         only = dict(prediction_type="epsilon", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                    num_train_timesteps=1000, trained_betas=None)
+                    num_train_timesteps=1000, trained_betas=None, rescale_betas_zero_snr=False)
     else:
         only = dict(use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, invert_sigmas=False,
                     stochastic_sampling=False, shift_terminal=None)
-        if index.get("_class_name") != "FluxPipeline":
+        if pipeline != "FluxPipeline":
             only["use_dynamic_shifting"] = False
         elif config.get("use_dynamic_shifting"):
             only |= dict(base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
@@ -1781,7 +1832,13 @@ def read_shift(directory):
     for name, value in only.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file}: {name}={config[name]!r} is not implemented: only {value!r}")
-    return 0.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
+    name = str(config.get("_class_name"))
+    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas")                 # whose default is 1
+    shift = config.get("shift", config.get("flow_shift", 1.0) if flow else None)
+    if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        raise ValueError(f"{file}: a {name} with shift={shift!r}: flow times have one above 0, as a FlowMatchEuler"
+                         f"DiscreteScheduler has, or flow_shift where use_flow_sigmas is true")
+    return 0.0 if config.get("use_dynamic_shifting") else float(shift)
 
 
 def random_pipeline(pipeline, shift, configs, dtype, device, text_length):
@@ -1866,6 +1923,9 @@ def save_uvit(pipe, directory, dtype):
     for name, library in (("text_encoder", "transformers"), ("tokenizer", "transformers"),
                           ("text_encoder_2", "transformers"), ("tokenizer_2", "transformers"), ("vae", "diffusers")):
         if pipe.source and (pipe.source / name).is_dir():
+            for old in [*(directory / name).glob("*.safetensors*"), directory / name / "vocab.json"]:
+                if not (pipe.source / name / old.name).is_file():
+                    old.unlink(missing_ok=True)                       # of another run: it would be read first
             shutil.copytree(pipe.source / name, directory / name, copy_function=link_or_copy, dirs_exist_ok=True)
             index[name] = [library, "as beside it"]
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -1876,10 +1936,9 @@ def family(model, weights=""):
     if model in CONFIGS:
         return FAMILIES[CONFIGS[model][0]][0]
     try:
-        name = read_json(locate(model, weights)[1] / "model_index.json")["_class_name"]
-    except (OSError, ValueError, KeyError):
+        return FAMILIES.get(read_index(locate(model, weights)[1])[0], (None,))[0]
+    except (OSError, ValueError):
         return None
-    return FAMILIES.get(name, (None,))[0]
 
 
 def locate(model, weights=None):
@@ -1893,10 +1952,9 @@ def parameter_count(model, weights=""):
     """How many parameters the network of a directory has, by its config.json alone; None where there is none."""
     directory = locate(model, weights)[1]
     try:
-        name, cls = next(iter(FAMILIES[read_json(directory / "model_index.json")["_class_name"]][1].items()))
-        with torch.device("meta"):                                    # shapes without memory
-            return sum(p.numel() for p in cls(**read_json(directory / name / "config.json")).parameters())
-    except (OSError, ValueError, KeyError, TypeError):                # load says what is wrong
+        name, cls = next(iter(FAMILIES[read_index(directory)[0]][1].items()))
+        return sum(p.numel() for p in skeleton(cls, directory / name).parameters())
+    except (OSError, ValueError, KeyError):                           # load says what is wrong
         return None
 
 
@@ -1945,9 +2003,8 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         pipeline, shift, configs = known
         parts = list(configs)
     else:
-        index = read_json(directory / "model_index.json")
-        pipeline, shift, configs = index.get("_class_name"), read_shift(directory), {}
-        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in UNUSED]
+        (pipeline, parts), shift, configs = read_index(directory), read_shift(directory), {}
+        parts = [name for name in parts if name not in UNUSED]
     if pipeline not in FAMILIES:
         raise ValueError(f"{directory}/model_index.json describes a {pipeline}: only {', '.join(FAMILIES)} can be read")
     family, classes = FAMILIES[pipeline]
@@ -1965,7 +2022,7 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         raise ValueError(f"{directory}/model_index.json names no {net_name}: this is no complete pipeline")
 
     def config(name):
-        return configs.get(name) or read_json(directory / name / "config.json")
+        return configs.get(name) or skeleton(classes[name], directory / name).config
     if init:
         return random_pipeline(pipeline, shift, {name: config(name) for name in (net_name, "vae") if name in parts},
                                dtype, device, text_length)
@@ -1975,11 +2032,13 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         if file is None or any(folder.glob("*.safetensors*")) and name != net_name:
             return cls.from_pretrained(folder, dtype, device)
         stems = BESIDE["text_encoder_3"] if cls is T5Encoder else BESIDE.get(name, ())   # FLUX's second is T5, too
-        beside = [path for stem in stems if (path := directory / f"{stem}.safetensors").is_file()]
-        source = file if name == net_name else (beside or [file])[0]
-        inside = [f"text_encoders.{stems[-1]}.transformer."] if stems and cls is not VAE else None
+        inside = ORIGINAL[cls][0] or (f"text_encoders.{stems[-1]}.transformer.",)
+        with open_tensors(file) as tensors:                           # what the file itself holds comes first
+            own = name == net_name or any(key.startswith(inside) for key in tensors.keys())
+        beside = [path for stem in stems if not own and (path := directory / f"{stem}.safetensors").is_file()]
+        source, options = (beside or [file])[0], config(name)
         try:
-            return from_single_file(cls, source, config(name), dtype, device, inside)
+            return from_single_file(cls, source, options, dtype, device, inside)
         except ValueError as error:
             if name == net_name or beside:
                 raise
@@ -1992,10 +2051,13 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
         is_t5 = classes[name] is T5Encoder
         tokenizers.append(T5Tokenizer(folder, text_length or 128) if is_t5 else CLIPTokenizer(folder))
     encoders = [part(name, dtype) for name in names]
+    if family == "flux" and encoders and hasattr(encoders[0], "text_projection"):        # its CLIP is a CLIPTextModel,
+        encoders[0].config["architectures"] = ["CLIPTextModel"]                          # whatever the file holds
+        del encoders[0].text_projection
     pipe = TextToImage(family, part(net_name, net_dtype or dtype), encoders, tokenizers,
                        part("vae", wide) if "vae" in parts else None, shift)
     pipe.source = directory
-    check_widths(pipe, directory)
+    check_widths(pipe, directory, names)
     if family == "flux" and not text_length:
         tokenizers[1].length = 512 if pipe.net.config["guidance_embeds"] else 256
     if family == "uvit" and len(tokenizers) == 2:
@@ -2010,6 +2072,12 @@ def load(model, weights=None, dtype=torch.float32, device="cpu", init=None, text
 
 # prod_m (1 - beta_m), m <= n, of Stable Diffusion 1's 1000 DDPM steps: sqrt(beta) runs evenly between two roots.
 ALPHA_BAR = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).tolist()
+
+
+@functools.cache
+def alpha_bar(device, dtype):
+    """ALPHA_BAR as a tensor (1000,), made once: to copy a list to a GPU is to wait for it."""
+    return torch.tensor(ALPHA_BAR, device=device, dtype=dtype)
 
 
 def flux_shift(tokens):
@@ -2065,26 +2133,31 @@ def lora_layers(net):
     return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
 
 
-def add_lora(net, rank, alpha, targets):
+def add_lora(net, rank, alpha, targets, whole=False):
     """Freeze a network and give each Linear whose name ends in one of `targets` a trained low-rank update, in float32.
 
-    A is N(0, 1/rank^2) (peft's "gaussian"), B is 0, so the network starts unchanged. Returns the trained parameters.
-    Raises ValueError for a rank under 1, a second LoRA, no targets or one that no layer's name ends in.
+    A is N(0, 1/rank^2) (peft's "gaussian"), B is 0, so the network starts unchanged. whole: targets are whole names,
+    not ends. Returns the trained parameters. Raises ValueError for a rank under 1, an alpha not above 0, a second LoRA,
+    no targets or one that no layer's name ends in.
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank}: a LoRA has rank 1 or more (0 on the command line trains all weights)")
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank={rank}, alpha={alpha}: a LoRA has rank 1 or more (0 on the command line trains all "
+                         f"weights), and an alpha above 0")
     if lora_layers(net):
         raise ValueError("the network has a LoRA already: load the network anew, or load_lora into the one it has")
     if isinstance(targets, str) or not (targets := tuple(targets)):
         raise ValueError(f"targets={targets!r}: give a LoRA a tuple of ends of layers' names, such as ('attn.to_q',)")
     linear = {name: module for name, module in net.named_modules() if type(module) is nn.Linear}
+
+    def meant(name, target):                                           # all of it, or its last words
+        return name == target or not whole and name.endswith("." + target)
     for target in targets:
-        if not any(("." + name).endswith("." + target) for name in linear):              # whole words, or all
+        if not any(meant(name, target) for name in linear):
             raise ValueError(f"the LoRA target {target} ends the name of no Linear layer; one that would do is "
                              f"{list(linear)[-1]}")
     net.requires_grad_(False)
     for name, module in linear.items():
-        if ("." + name).endswith(tuple("." + target for target in targets)):
+        if any(meant(name, target) for target in targets):
             module.__class__ = LoRALinear
             module.lora_scale, module.lora_merged, device = alpha / rank, False, module.weight.device
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
@@ -2149,6 +2222,11 @@ def lora_file(path):
     raise FileNotFoundError(f"{path} holds no {' and no '.join(names)}: give the LoRA's file itself")
 
 
+FOREIGN = {                                                           # in a tensor's name -> whose LoRA is not read
+    "text_encoder": "a text encoder's", "lora_te": "a text encoder's", "lora_unet_": "in kohya's format",
+    "lora_transformer_": "in kohya's format", ".processor.": "in an old format of diffusers, or in XLabs'"}
+
+
 def lora_file_scale(file):
     """alpha / rank as a LoRA file states it: diffusers in the header, peft in a file beside it, DanceGRPO's code in its
     lora_config.json there; 1 where none does.
@@ -2156,12 +2234,18 @@ def lora_file_scale(file):
     A file is peft's by its tensors' names or its own. Raises ValueError where it is damaged or of another kind, and
     FileNotFoundError where it is peft's, without adapter_config.json.
     """
+    with open_tensors(file) as tensors:
+        header, keys = (tensors.metadata() or {}).get("lora_adapter_metadata", "{}"), list(tensors.keys())
+    for key, mark in itertools.product(keys, FOREIGN):
+        if mark in key:
+            raise ValueError(f"{file}: {key} is {FOREIGN[mark]}: only the network's LoRA is read, in today's format of "
+                             f"diffusers, which converts it: load_lora_weights(FILE, adapter_name='default') of a "
+                             f"pipeline, then save_lora_adapter(FOLDER) of its transformer or unet")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            by_peft = any(key.startswith("base_model.model.") for key in tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): download it again") from None
+        config = {**json.loads(header)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged, its lora_adapter_metadata ({error}): download it again") from None
+    by_peft = any(key.startswith("base_model.model.") for key in keys)
     if not config and (by_peft or Path(file).name == "adapter_model.safetensors"):
         beside = Path(file).with_name("adapter_config.json")
         if not beside.is_file():
@@ -2178,7 +2262,10 @@ def lora_file_scale(file):
     for option in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
         if config.get(option):
             raise ValueError(f"{file}: {option} is not implemented: one rank and one alpha for all layers")
-    return config["lora_alpha"] / config["r"] if "r" in config else 1.0
+    alpha, rank = (config.get(name) for name in ("lora_alpha", "r")) if "r" in config else (1, 1)
+    if not all(isinstance(number, (int, float)) and number > 0 for number in (alpha, rank)):
+        raise ValueError(f"{file}: its lora_alpha is {alpha!r}, its r {rank!r}: both are numbers above 0")
+    return alpha / rank
 
 
 def load_lora(net, file):
@@ -2189,21 +2276,21 @@ def load_lora(net, file):
     and ValueError where the ranks differ.
     """
     file, end, bare, trained = lora_file(file), ".lora_A.weight", not lora_layers(net), trainable(net)
-    refuse_pickle(file)
     scale = lora_file_scale(file)
 
     def rename(key):
         key = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")    # diffusers' scripts for SD1
+        key = key.replace(".default.weight", ".weight")                                  # peft's in memory
         return key.removeprefix(net.lora_prefix).removeprefix("base_model.model.")
     if bare:
-        with safe_open(file, framework="pt") as tensors:
-            ranks = {rename(key).removesuffix(end): tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
-                     if rename(key).endswith(end)}
+        with open_tensors(file) as tensors:
+            ranks = {rename(key).removesuffix(end): next(iter(tensors.get_slice(key).get_shape()), 0)
+                     for key in tensors.keys() if rename(key).endswith(end)}
         if len(set(ranks.values())) != 1:
             raise ValueError(f"{file} holds no LoRA of one rank, but {sorted(set(ranks.values())) or 'none'}")
         rank = next(iter(ranks.values()))
         try:
-            add_lora(net, rank, rank, ranks)
+            add_lora(net, rank, rank, ranks, whole=True)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     layers = lora_layers(net)

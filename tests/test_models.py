@@ -147,13 +147,15 @@ def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("value", ('"layer_norm"', "7", "null, \"num_layers\": null"))
+@pytest.mark.parametrize("value", ('"layer_norm"', "7", "null, \"num_layers\": null", "null, \"patch_size\": 0",
+                                   "null, \"attention_head_dim\": -4", "null, \"sample_size\": []"))
 def test_a_config_that_cannot_be_built_is_named(value, tmp_path):
     MMDiT(**SD35M).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | json.loads(f'{{"qk_norm": {value}}}')
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: "):
-        MMDiT.from_pretrained(tmp_path)
+    for read in (MMDiT.from_pretrained, lambda directory: models.skeleton(MMDiT, directory)):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: no network can be made of it: "):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("options", ({}, {"max_shard_size": "100KB"}), ids=("one file", "shards"))
@@ -341,6 +343,8 @@ def test_clip_of_full_size_has_the_public_names_and_shapes(config, parameters):
 def test_clip_refuses_what_it_does_not_implement():
     with pytest.raises(ValueError, match="hidden_act='relu'"):
         CLIPText(hidden_act="relu")
+    with pytest.raises(ValueError, match="num_attention_heads=3 does not divide hidden_size=32"):
+        CLIPText(hidden_size=32, num_attention_heads=3)
 
 
 # ============================================================================================================ tokenizer
@@ -406,6 +410,18 @@ def test_a_tokenizer_whose_config_names_no_padding_or_length_has_clips(changes, 
     assert ids.shape == (2, length) and ids[0, -1] == ids[1, -1] == tokenizer.end == tokenizer.pad
 
 
+@pytest.mark.parametrize("changes", (
+    *(dict(model_max_length=length) for length in (1, 2, -5, "x", [77], math.nan)), dict(pad_token=5),
+    dict(pad_token={"content": 5}), dict(pad_token={})), ids=str)
+def test_a_tokenizer_of_no_length_or_padding_is_refused(changes, tokenizer_files, tmp_path):
+    shutil.copytree(tokenizer_files, tmp_path / "tokenizer")
+    edit_json(tmp_path / "tokenizer" / "tokenizer_config.json", **changes)
+    if changes == dict(pad_token={}):                                   # as none
+        return CLIPTokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/tokenizer/tokenizer_config\.json: model_max_length=.* pad_to"):
+        CLIPTokenizer(tmp_path / "tokenizer")
+
+
 def test_no_texts_are_no_rows(tokenizer_files, tmp_path):
     t5_tokenizer(tmp_path, WORDS[0].split())
     for tokenizer in (CLIPTokenizer(tokenizer_files), T5Tokenizer(tmp_path, 24)):
@@ -436,6 +452,7 @@ DAMAGES = {                             # what happened to the directory d, the 
     "no weights": (lambda d: (d / WEIGHTS).unlink(), FileNotFoundError, r"no \*\.safetensors .*download"),
     "another variant": (lambda d: (d / WEIGHTS).rename(d / WEIGHTS.replace("l.s", "l.bf16.s")), FileNotFoundError,
                         r"holds diffusion_pytorch_model\.bf16\.safetensors; what is read is diffusion_pytorch_model\."),
+    "a folder": (lambda d: (d / WEIGHTS).unlink() or (d / WEIGHTS).mkdir(), FileNotFoundError, "holds no "),
     "config cut off": (lambda d: truncate(d / "config.json"), ValueError, r"config\.json is damaged, not JSON"),
     "config a list": (lambda d: (d / "config.json").write_text("[1]"), ValueError, r"config\.json is damaged, a list"),
     "config binary": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"), ValueError, r"config\.json is damaged"),
@@ -451,6 +468,9 @@ DAMAGES = {                             # what happened to the directory d, the 
                    rf"{WEIGHTS}: unexpected tensor x\.bias"),
     "missing": (lambda d: edit_tensors(d / WEIGHTS, lambda s: s.pop(BIAS)), ValueError,
                 rf"{WEIGHTS}: tensor {BIAS} is missing, 1 in all"),
+    **{str(dtype): (lambda d, dtype=dtype: edit_tensors(d / WEIGHTS, lambda s: s.update({BIAS: s[BIAS].to(dtype)})),
+                    ValueError, rf"{WEIGHTS}: {BIAS} is {dtype}, not floating point")
+       for dtype in (torch.int8, torch.bool, torch.complex64)},
     "another size": (lambda d: edit_json(d / "config.json", num_layers=2, dual_attention_layers=[0]), ValueError,
                      rf"{WEIGHTS}: .*transformer_blocks\.")}
 
@@ -470,7 +490,11 @@ SHARD_DAMAGES = {
     "shard absent": (lambda d: (d / SHARD).unlink(), FileNotFoundError, rf"{SHARD} is missing.*download"),
     "shard cut off": (lambda d: truncate(d / SHARD), ValueError, rf"{SHARD} is damaged"),
     "index cut off": (lambda d: truncate(d / INDEX), ValueError, rf"{INDEX} is damaged"),
-    "index empty": (lambda d: (d / INDEX).write_text("{}"), ValueError, rf"{INDEX} is damaged, it names no file")}
+    **{f"index {text}": (lambda d, text=text: (d / INDEX).write_text(text), ValueError,
+                         rf"{INDEX} is damaged, it names no file")
+       for text in ("{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "b", "c": 1}}')},
+    "twice": (lambda d: edit_tensors(d / SHARD, lambda s: s.update({"pos_embed.proj.bias": torch.ones(32)})),
+              ValueError, r"-of-00006\.safetensors: pos_embed\.proj\.bias is in .*-of-00006\.safetensors, too: ")}
 
 
 @pytest.mark.parametrize("name", SHARD_DAMAGES)
@@ -480,6 +504,30 @@ def test_a_damaged_shard_is_an_error_that_names_the_file(name, tmp_path):
     damage(tmp_path)
     with pytest.raises(error, match=message):
         MMDiT.from_pretrained(tmp_path)
+
+
+def test_floating_point_of_any_width_is_read(tmp_path):
+    saved_mmdit(tmp_path)
+    for dtype in (torch.float8_e4m3fn, torch.float16, torch.float64):
+        edit_tensors(tmp_path / WEIGHTS, lambda s: s.update({BIAS: s[BIAS].to(dtype)}))
+        want = load_file(tmp_path / WEIGHTS)[BIAS].float()
+        assert want.any() and torch.equal(MMDiT.from_pretrained(tmp_path).context_embedder.bias, want)
+
+
+def test_a_forbidden_file_is_not_called_missing(tmp_path, monkeypatch):
+    """Where tests run as root nothing is forbidden, so open, and what safe_open says then, stand in for that."""
+    net = saved_mmdit(tmp_path) and MMDiT.from_pretrained(tmp_path)
+
+    def forbidden(file, *_, **__):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    def missing(file, **_):
+        raise FileNotFoundError(f"No such file or directory: {file}")
+    monkeypatch.setattr(models, "open", forbidden, raising=False)
+    monkeypatch.setattr(models, "safe_open", missing)
+    for read in (lambda: MMDiT.from_pretrained(tmp_path), lambda: models.load_lora(net, tmp_path / WEIGHTS)):
+        with pytest.raises(PermissionError, match=f"Permission denied: .*{WEIGHTS}"):
+            read()
 
 
 def test_clip_files_are_no_mmdit_and_the_reverse(tmp_path):
@@ -559,6 +607,9 @@ def test_text_features_are_those_of_diffusers_pipeline(width, text_length, tmp_p
     our_context, our_pooled = ours.encode_text(texts)
     assert_equal(our_context, context[:, :12] if width == 80 else context)
     assert_equal(our_pooled, pooled)
+    edit_json(tmp_path / "tokenizer_2" / "tokenizer_config.json", model_max_length=11)
+    with pytest.raises(ValueError, match=f"{tmp_path}: the CLIP tokenizers' model_max_length differ"):
+        models.load(str(tmp_path))
     again = ours.encode_text(texts[::-1] + texts[:1])                   # from the cache, in the order asked for
     assert torch.equal(again[0], our_context[[2, 1, 0, 0]]) and torch.equal(again[1], our_pooled[[2, 1, 0, 0]])
     for pipe in (ours, other):
@@ -582,17 +633,34 @@ def test_decode_and_latent_shape(random_model):
     (lambda d: edit_json(d / "model_index.json", _class_name="SanaPipeline"), ValueError, "SanaPipeline: only Stable"),
     (lambda d: edit_json(d / "model_index.json", controlnet=["a", "b"]), ValueError, "has no part controlnet"),
     (lambda d: edit_json(d / "model_index.json", transformer=[None, None]), ValueError, "names no transformer"),
+    (lambda d: edit_json(d / "model_index.json", transformer=[]), ValueError, "names no transformer"),
+    (lambda d: edit_json(d / "model_index.json", _class_name=["x"]), ValueError, r"describes a \['x'\]: only Stable"),
+    (lambda d: edit_json(d / "model_index.json", scheduler=7, _class_name=None), ValueError, "describes a None: only "),
+    (lambda d: edit_json(d / "text_encoder" / "config.json", num_attention_heads=3), ValueError,
+     r"text_encoder/config\.json: .*num_attention_heads=3 does not divide"),
+    (lambda d: shrink(d / "text_encoder", vocab_size=50), ValueError,
+     r"model/tokenizer makes 16 tokens of 641 kinds, .*model/text_encoder takes 16 of 50: parts of different models"),
+    (lambda d: edit_json(d / "tokenizer" / "tokenizer_config.json", model_max_length=20), ValueError,
+     r"model/tokenizer makes 20 tokens of 641 kinds, .*model/text_encoder takes 16 of 641: parts of different"),
     (lambda d: edit_json(d / "model_index.json", vae=["diffusers", "AutoencoderKL"]), FileNotFoundError, "vae/config"),
     (lambda d: shutil.rmtree(d / "text_encoder"), FileNotFoundError, r"text_encoder/config\.json is missing"),
     (lambda d: edit_json(d / "model_index.json", text_encoder=[None, None]), ValueError, r"give 0 \(CLIP\)"),
     (lambda d: saved_mmdit(d / "transformer"), ValueError, "give 32 .* takes 24 .* different models")),
     ids=("no directory", "no index", "another pipeline", "an unknown pipeline", "an unknown part", "no network",
-         "a VAE", "no text encoder", "none named", "too wide"))
+         "an empty part", "a list", "a number", "three heads", "a small vocabulary", "long texts", "a VAE",
+         "no text encoder", "none named", "too wide"))
 def test_a_damaged_pipeline_is_an_error_that_names_the_file(damage, error, message, random_model, tmp_path):
     shutil.copytree(random_model, tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(error, match=message):
         models.load(str(tmp_path / "model"))
+    assert models.family(str(tmp_path / "model")) in ("sd3", "flux", None)
+
+
+def shrink(directory, vocab_size):
+    edit_json(directory / "config.json", vocab_size=vocab_size, eos_token_id=2)
+    edit_tensors(directory / "model.safetensors", lambda state: state.update(
+        {key: t[:vocab_size].clone() for key, t in state.items() if "token_embedding" in key}))
 
 
 def test_a_clip_of_another_tokenizers_end_is_warned_of(random_model, tmp_path):
@@ -869,6 +937,18 @@ def test_load_lora_reads_what_peft_wrote(tmp_path):
         models.load_lora(ours, renamed)
 
 
+def test_load_lora_reads_pefts_names_in_memory(tmp_path):
+    ours, _ = lora_pair(tmp_path)
+    models.save_lora(ours, tmp_path / "lora.safetensors")
+    state = load_file(tmp_path / "lora.safetensors")
+    state = {key.replace(".weight", ".default.weight"): tensor for key, tensor in state.items()}
+    save_file(state, tmp_path / "other.safetensors")
+    nets = [MMDiT.from_pretrained(tmp_path) for _ in range(2)]
+    for net, name in zip(nets, ("lora", "other")):
+        models.load_lora(net, tmp_path / f"{name}.safetensors")
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters())) and models.lora_layers(nets[1])
+
+
 def test_save_lora_and_load_lora_are_inverse(tmp_path):
     ours, _ = lora_pair(tmp_path)
     models.save_lora(ours, tmp_path / "lora.safetensors")
@@ -912,7 +992,24 @@ LORA_DAMAGES = {
                 rf"lora\.safetensors: tensor {LORA_B} is missing, 1 in all"),
     "unexpected": (lambda file: edit_tensors(file, lambda s: s.update({"transformer.x.lora_A.weight": torch.ones(1)})),
                    ValueError, r"unexpected tensor transformer\.x\.lora_A\.weight"),
-    "another rank": (lambda file: edit_tensors(file, other_rank), ValueError, r"lora_[AB]\.weight is .*2.*4")}
+    "another rank": (lambda file: edit_tensors(file, other_rank), ValueError, r"lora_[AB]\.weight is .*2.*4"),
+    "int8": (lambda file: edit_tensors(file, lambda s: s.update({k: t.to(torch.int8) for k, t in s.items()})),
+             ValueError, r"lora_[AB]\.weight is torch.int8, not floating point"),
+    "no dimension": (lambda file: edit_tensors(file, lambda s: s.update({k: torch.ones(()) for k in s if "A" in k})),
+                     ValueError, r"lora_A\.weight is \(\)"),
+    **{f"header {text}": (lambda file, text=text: save_file(load_file(file), file, {"lora_adapter_metadata": text}),
+                          ValueError, rf"lora\.safetensors{message}") for text, message in (
+        ("{", " is damaged, its lora_adapter_metadata"), ("[1]", " is damaged, its lora_adapter_metadata"),
+        ('{"transformer.r": 4}', ": its lora_alpha is None, its r 4"),
+        ('{"r": 0, "lora_alpha": 8}', ": its lora_alpha is 8, its r 0"),
+        ('{"r": "4", "lora_alpha": 8}', ": its lora_alpha is 8, its r '4'"))},
+    **{name: (lambda file, name=name: edit_tensors(file, lambda s: s.update({name: torch.ones(4, 4)})), ValueError,
+              rf"lora\.safetensors: {name} is {kind}.*: only the network's LoRA is read, .*save_lora_adapter")
+       for name, kind in (
+        ("lora_unet_mid_block_attentions_0.lora_down.weight", "in kohya's format"),
+        ("lora_te1_text_model_encoder.alpha", "a text encoder's"),
+        ("text_encoder.text_model.encoder.layers.0.lora_A.weight", "a text encoder's"),
+        ("unet.mid_block.attn1.processor.to_q_lora.down.weight", "in an old format of diffusers"))}}
 
 
 def test_a_lora_that_cannot_be_read_leaves_the_network_as_it_was(tmp_path):
@@ -942,9 +1039,14 @@ def test_a_damaged_lora_is_an_error_that_names_the_file(name, tmp_path):
     ours, _ = lora_pair(tmp_path)
     models.save_lora(ours, tmp_path / "lora.safetensors")
     damage(tmp_path / "lora.safetensors")
-    with pytest.raises(error, match=message) as caught:
-        models.load_lora(ours, tmp_path / "lora.safetensors")
-    assert type(caught.value) is error and str(tmp_path / "lora.safetensors") in str(caught.value)
+    for net in (ours, MMDiT.from_pretrained(tmp_path)):
+        if net is ours or name not in ("unexpected", "another rank", "no dimension"):    # a bare one says it otherwise
+            with pytest.raises(error, match=message) as caught:
+                models.load_lora(net, tmp_path / "lora.safetensors")
+            assert type(caught.value) is error and str(tmp_path / "lora.safetensors") in str(caught.value)
+    if name == "no dimension":
+        with pytest.raises(ValueError, match=r"lora\.safetensors: rank=0"):
+            models.load_lora(net, tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("option", (dict(use_rslora=True), dict(alpha_pattern={"to_q": 2})), ids=str)
@@ -959,6 +1061,9 @@ def test_add_lora_errors(tmp_path):
     net = MMDiT(**SD35M)
     with pytest.raises(ValueError, match="rank=0"):
         models.add_lora(net, 0, 1.0, models.MMDiT.lora_targets)
+    for alpha in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"alpha={alpha}: .* alpha above 0"):
+            models.add_lora(net, 4, alpha, models.MMDiT.lora_targets)
     with pytest.raises(ValueError, match="attn.to_x"):
         models.add_lora(net, 4, 1.0, ("attn.to_q", "attn.to_x"))
     assert not models.lora_layers(net) and all(p.requires_grad for p in net.parameters())

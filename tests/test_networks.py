@@ -320,7 +320,10 @@ def test_defaults_are_the_librarys():
 
 @pytest.mark.parametrize("kind, config, reason", (
     (Flux, flux_config(patch_size=2), "patch_size=2"), (Flux, flux_config(out_channels=8), "out_channels=8"),
-    (Flux, flux_config(axes_dims_rope=[4, 4, 4]), r"axes_dims_rope=\[4, 4, 4\].* head of 16"),
+    *((Flux, flux_config(axes_dims_rope=axes), f"axes_dims_rope={axes}.* head of 16".replace("[", r"\[")) for axes in (
+        [4, 4, 4], [5, 5, 6], [8, 8], [])),
+    (UNet, unet_config(attention_head_dim=3), "attention_head_dim=3, the number of heads, does not divide a width of "),
+    *((VAE, vae_config(scaling_factor=value), f"scaling_factor={value!r}") for value in (None, 0, "x")),
     (UNet, unet_config(attention_head_dim=[2, 2, 4]), r"attention_head_dim=\[2, 2, 4\]"),
     (UNet, unet_config(cross_attention_dim=[8, 8, 8]), r"cross_attention_dim=\[8, 8, 8\]"),
     (UNet, unet_config(layers_per_block=[1, 2, 2]), r"layers_per_block=\[1, 2, 2\]"),

@@ -11,6 +11,7 @@ import numpy
 import peft
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,17 @@ def test_text_features_are_those_of_the_pipeline(family, text_length, length, sa
         assert ours.encode_text(prompts)[2].tolist() == [2.0] * len(prompts) and again[2].unique().tolist() == [3.5]
 
 
+def test_the_features_of_a_prompt_are_sent_once_whatever_its_copies(saved, monkeypatch):
+    pipe, shapes, send = models.load(str(saved["sd3"][0])), [], data.sent
+    monkeypatch.setattr(data, "sent", lambda tensor, device: shapes.append((*tensor.shape,)) or send(tensor, device))
+    context, pooled = pipe.encode_text([PROMPTS[2]] * 2 + [PROMPTS[1]] * 3)
+    assert shapes == [(5,)]                                            # what is on the network's device stays there
+    pipe.net.to("meta")                                                # in place of a GPU
+    again = pipe.encode_text([PROMPTS[2]] * 2 + [PROMPTS[1]] * 3)
+    assert shapes[1:] == [(5,), (2, *context.shape[1:]), (2, *pooled.shape[1:])]
+    assert [(x.shape, x.device.type) for x in again] == [(context.shape, "meta"), (pooled.shape, "meta")]
+
+
 # ============================================================================================================ schedules
 
 @pytest.mark.parametrize("steps", (1, 4, 10, 20, 30, 50, 999))
@@ -154,6 +166,13 @@ def test_ddim_has_999_steps_at_most():
     assert models.schedule(999, kind="ddim")[0] == len(models.ALPHA_BAR) - 1
     with pytest.raises(ValueError, match="steps=1000: .* 999"):
         models.schedule(1000, kind="ddim")
+
+
+def test_alpha_bar_as_a_tensor_is_made_once():
+    for dtype in (torch.float32, torch.float64):
+        table = models.alpha_bar(torch.device("cpu"), dtype)
+        assert torch.equal(table, torch.tensor(models.ALPHA_BAR, dtype=dtype))
+        assert models.alpha_bar(torch.ones(1).device, dtype) is table
 
 
 def test_alpha_bar_is_diffusers(saved):
@@ -197,9 +216,34 @@ def test_flow_times_of_another_kind_are_refused(family, change, copy):
         models.load(str(directory))
 
 
+SOLVERS = diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler
+
+
+@pytest.mark.parametrize("scheduler, shift", (
+    *((solver(use_flow_sigmas=True, flow_shift=2.5, prediction_type="flow_prediction"), 2.5) for solver in SOLVERS),
+    (diffusers.FlowMatchHeunDiscreteScheduler(shift=4.0), 4), *((solver(flow_shift=3.0), None) for solver in SOLVERS),
+    (diffusers.EulerDiscreteScheduler(), None)), ids=lambda value: type(value).__name__)
+def test_the_shift_of_another_scheduler_is_read_or_it_is_refused(scheduler, shift, copy):
+    directory = copy("sd3")
+    scheduler.save_pretrained(directory / "scheduler")
+    if shift:
+        assert models.read_shift(directory) == shift
+    else:
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json: a {type(scheduler).__name__} with shift=None"):
+            models.load(str(directory))
+
+
+@pytest.mark.parametrize("shift", (0, -1, None, "abc", math.inf, math.nan))
+def test_a_shift_that_is_no_number_above_0_is_refused(shift, copy):
+    directory = copy("sd3")
+    edit(directory / "scheduler" / "scheduler_config.json", shift=shift)
+    with pytest.raises(ValueError, match=rf"{directory}/scheduler/scheduler_config\.json: .* with shift={shift!r}:"):
+        models.load(str(directory))
+
+
 @pytest.mark.parametrize("change", (
     dict(prediction_type="v_prediction"), dict(beta_schedule="linear"), dict(beta_start=0.0001), dict(beta_end=0.02),
-    dict(num_train_timesteps=500), dict(trained_betas=[0.1, 0.2])), ids=str)
+    dict(num_train_timesteps=500), dict(trained_betas=[0.1, 0.2]), dict(rescale_betas_zero_snr=True)), ids=str)
 def test_ddpm_steps_of_another_kind_are_refused(change, copy):
     """What a file leaves out is at diffusers' default: other betas than Stable Diffusion 1's, but its prediction."""
     directory, (name, value) = copy("sd14"), *change.items()
@@ -598,8 +642,8 @@ def test_an_original_file_is_the_same_pipeline(family, vae, folder, saved, copy)
     inside = vae.endswith(".")
     state = original(want.net, "model.diffusion_model." if inside else "")
     save_file(state | (original(want.vae, vae) if inside else {}), directory / ORIGINALS[family])
-    if not inside:
-        save_file(original(want.vae), directory / vae)
+    stray = {key: tensor + inside for key, tensor in original(want.vae).items()}         # the file's own is preferred
+    save_file(stray, directory / "ae.safetensors")
     (directory / folder).mkdir(exist_ok=True)
     for part, name in BESIDE[family].items():
         (directory / part / "model.safetensors").rename(directory / folder / f"{name}.safetensors")
@@ -621,6 +665,7 @@ def test_one_file_may_hold_the_text_encoders_too(family, saved, copy):
     state = original(want.net, "model.diffusion_model.") | original(want.vae, "first_stage_model.")
     for net, name in zip(want.encoders, BESIDE[family].values(), strict=True):
         state |= original(net, f"text_encoders.{name.removesuffix('_fp16')}.transformer.")
+        save_file({key: tensor + 1 for key, tensor in original(net).items()}, directory / f"{name}.safetensors")
     save_file(state, directory / "all.safetensors")
     strip(directory, "transformer", "vae", *BESIDE[family])
     assert same(models.load(str(directory), weights=directory / "all.safetensors"), want)
@@ -638,6 +683,41 @@ def test_an_original_file_lets_the_folders_that_have_weights_be(saved, copy):
         strip(directory, part)
         with pytest.raises(FileNotFoundError, match=rf"{part} is neither in .* {name}\.safetensors.*flux1\."):
             models.load("flux", weights=directory / "flux1.safetensors")
+
+
+def test_an_original_of_schnell_is_named_as_such(saved, copy):
+    directory = copy("flux")
+    save_file(original(models.load(str(saved["schnell"][0])).net), directory / "flux1-schnell.safetensors")
+    with pytest.raises(ValueError, match=r"flux1-schnell\.safetensors: tensor guidance_in.* 4 in all: it is FLUX\.1-"
+                                         r"schnell's: guidance_embeds is false in transformer/config\.json"):
+        models.load("flux", weights=directory / "flux1-schnell.safetensors")
+    edit(directory / "transformer" / "config.json", guidance_embeds=False)
+    assert not models.load("flux", weights=directory / "flux1-schnell.safetensors").net.config["guidance_embeds"]
+
+
+@pytest.mark.parametrize("init", (None, "random"))
+@pytest.mark.parametrize("family, part, change", (
+    ("sd14", "unet", dict(norm_num_groups=0)), ("sd14", "unet", dict(attention_head_dim=3)),
+    ("sd3", "vae", dict(block_out_channels=[])), ("flux", "vae", dict(scaling_factor=None))), ids=str)
+def test_a_config_of_no_network_is_named(family, part, change, init, copy):
+    directory = copy(family)
+    edit(directory / part / "config.json", **change)
+    with pytest.raises(ValueError, match=rf"{directory}/{part}/config\.json: no network can be made of it"):
+        models.load(str(directory), init=init)
+
+
+def test_the_clip_of_flux_is_never_projected(saved, copy):
+    """model_index.json calls it a CLIPTextModel, and so diffusers reads it, whatever its own config says."""
+    directory, want = copy("flux"), saved["flux"][1]
+    theirs = pipelines.clip(directory / "tokenizer", 1, 24, 24)[0]
+    theirs.save_pretrained(directory / "text_encoder")
+    ours = models.load(str(directory))
+    with torch.no_grad():
+        pooled = theirs.text_model(ours.tokenizers[0](list(PROMPTS))).pooler_output
+        projected = theirs(ours.tokenizers[0](list(PROMPTS))).text_embeds
+    near(ours.encode(list(PROMPTS))[1], pooled)
+    assert (pooled - projected).abs().max() > 0.1 and type(want.text_encoder) is transformers.CLIPTextModel
+    assert models.CLIPText(**ours.encoders[0].config).state_dict().keys() == ours.encoders[0].state_dict().keys()
 
 
 def test_a_single_file_of_sd1_is_refused_before_anything_is_read(copy):
@@ -705,7 +785,7 @@ def test_a_missing_or_wrong_part_is_an_error_that_names_it(family, saved, copy):
 
 @pytest.mark.parametrize("family, part, other, words", (
     ("sd3", "text_encoder", "sd14", "give 48 .* and 36 pooled, the network takes 48 and 24"),
-    ("flux", "text_encoder", "sd3", "give 16 .* and 12 pooled, the network takes 48 and 24"),
+    ("flux", "text_encoder", "sd3", "give 16 .* and 16 pooled, the network takes 48 and 24"),
     ("sd14", "text_encoder", "sd3", "give 16 .* the network takes 24")))
 def test_encoders_of_another_model_are_refused(family, part, other, words, saved, copy):
     directory = copy(family)
@@ -812,6 +892,38 @@ def test_load_lora_reads_what_diffusers_wrote(family, save, alpha, saved, tmp_pa
     bare = models.load(str(saved[family][0])).net
     models.load_lora(bare, file)                                       # whose layers may be in down_blocks
     near(*pair(bare.double(), theirs, family))
+
+
+def test_the_final_layer_of_flux_is_no_single_blocks(saved, tmp_path):
+    """Its name, proj_out, ends theirs: of a file the names are whole."""
+    theirs = their_net(saved, "flux")
+    theirs.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=10.0, target_modules=r"proj_out|.*\.to_q"))
+    torch.manual_seed(2)
+    for p in models.trainable(theirs):
+        torch.nn.init.normal_(p.data, std=0.3)
+    bare = models.load(str(saved["flux"][0])).net
+    models.load_lora(bare, by_network(saved, "flux", theirs, tmp_path))
+    near(*pair(bare.double(), theirs.double(), "flux"))
+    layers = models.lora_layers(bare)
+    assert "proj_out" in layers and "single_transformer_blocks.0.proj_out" not in layers and len(layers) == 3
+
+
+def test_what_diffusers_converts_of_kohyas_format_is_read(saved, tmp_path):
+    """By the two calls that the error names."""
+    ours, theirs, state = lora_net(saved, "sd14"), their_net(saved, "sd14"), {}
+    for name, layer in models.lora_layers(ours).items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        state |= {f"{stem}.lora_down.weight": layer.lora_A.detach(), f"{stem}.lora_up.weight": layer.lora_B.detach(),
+                  f"{stem}.alpha": torch.tensor(ALPHA)}
+    save_file(state, tmp_path / "kohya.safetensors")
+    bare = models.load(str(saved["sd14"][0])).net
+    with pytest.raises(ValueError, match=r"kohya\.safetensors: lora_unet_.* is in kohya's format"):
+        models.load_lora(bare, tmp_path / "kohya.safetensors")
+    their_pipeline(saved, "sd14", theirs).load_lora_weights(tmp_path, weight_name="kohya.safetensors",
+                                                            adapter_name="default")
+    theirs.save_lora_adapter(tmp_path / "converted")
+    models.load_lora(bare, tmp_path / "converted")
+    near(*(net(randn(2, 4, 8, 8), torch.tensor([7, 900]), randn(2, 7, 24, seed=1)).detach() for net in (bare, ours)))
 
 
 @LORA

@@ -329,6 +329,14 @@ def test_a_pipeline_with_clip_and_t5_is_made_saved_and_loaded(tmp_path, monkeypa
     for made in (pipe, again, models.load(str(tmp_path / "model"), text_length=9)):
         assert [tokenizer.length for tokenizer in made.tokenizers] == [16, 9]
         torch.testing.assert_close(made.encode_text(prompts)[0], want, rtol=1e-4, atol=1e-5)
+    stale = [tmp_path / "over" / name for name in ("text_encoder_2/model.safetensors.index.json",
+                                                   "text_encoder_2/old.safetensors", "tokenizer_2/vocab.json")]
+    for file in stale:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"weight_map": {"shared.weight": "old.safetensors"}}')
+    models.save_uvit(pipe, tmp_path / "over", torch.float32)             # over another run's
+    assert torch.equal(models.load(str(tmp_path / "over")).encode(prompts)[0], pipe.encode(prompts)[0])
+    assert not any(file.exists() for file in stale)
     args = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1]), torch.tensor([0.1, 1]), want
     assert torch.equal(again.net(*args), pipe.net(*args))
     models.save_uvit(again, tmp_path / "model", torch.float32)           # onto itself
