@@ -32,6 +32,7 @@ inline int64_t chunks(int64_t n) { return n > kChunk ? (n + kChunk - 1) / kChunk
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cstring>
 #include <type_traits>
 
 constexpr int kThreads = 256;
@@ -56,7 +57,11 @@ template <typename T, int N = 16 / sizeof(T)> struct alignas(16) Pack {         
 template <int N = 0, typename T> __device__ auto load(const T* p) {
     return *reinterpret_cast<const Pack<T, N ? N : 16 / sizeof(T)>*>(p);
 }
-template <typename T, int N> __device__ void store(T* p, const Pack<T, N>& x) { *reinterpret_cast<Pack<T, N>*>(p) = x; }
+template <typename T, int N> __device__ void store(T* p, const Pack<T, N>& x) {    // by words: a Pack's own assignment
+    uint4 words[sizeof x / 16];                                                    // nvcc takes apart in some kernels
+    memcpy(words, &x, sizeof x);
+    for (int k = 0; k < int(sizeof x / 16); ++k) __stcg(reinterpret_cast<uint4*>(p) + k, words[k]);
+}
 
 // How many of n elements come before the first at which every pointer is 16-byte aligned: n if there is none.
 template <typename T, typename... Ts> __device__ int head(int n, const T* p, const Ts*... others) {

@@ -99,6 +99,9 @@ template <typename A> A __shfl_xor_sync(unsigned, A x, int lane) {
     return x;
 }
 
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+template <typename T> void __stcg(T* p, T x) { *p = x; }
+
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
