@@ -9,10 +9,11 @@ Paper: Luo et al., arXiv:2510.08425. (n) is this file's number, [n] the paper's.
     (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
-    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this at t < min(hold_below, t_min)      learn, hold
+    (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < min(hold_below, t_min)  learn, hold
 
-Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -(l - l_ref); (4) says that G+
-beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops out.
+Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -beta (l - l_ref); (4) says
+that G+ beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops
+out, but for groups of which --adv-clip cuts an A: by the group's std it cuts none of 26 images or less.
 Departs from the paper: l is a mean over the latent's D dimensions; beta is the paper's times T, G and D, as in the
 released code; the loss is divided by beta. (6)'s KL, the clip of l, the cut of advantages, times from the sampler's
 grid and a moving reference are the released code's; hold is ours: README, "What keeps DGPO stable".
@@ -24,7 +25,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import data                             # first: torch's threads read how long to wait
+import data                             # first: sets GOMP_SPINCOUNT, which torch reads once
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +39,7 @@ from csrc import ops
 @dataclass
 class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
-    weights: str = ""                   # its directory or original single file, where it is not weights/<model>
+    weights: str = ""                   # the model's directory or original single file, if not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "dgpo"                # dgpo, or diffusion-dpo: only the best and the worst of each group   [Eq. 7]
     preset: str = ""                    # tiny, paper (Alg. 1, else as released), official (the released GenEval run)
@@ -46,14 +47,14 @@ class Config:
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
-    reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
-    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # network evaluations of a rollout                         [paper, Sec. 3.2]
-    eval_steps: int = 10                # the same for evaluation
+    eval_steps: int = 10                # network evaluations of an image in evaluation
     groups: int = 8                     # prompts a rollout, over all processes
     group_size: int = 24                # G, images a prompt                                       [released code: 16]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
@@ -71,8 +72,8 @@ class Config:
     ref: str = "ema"                    # theta_ref: start (frozen, paper), ema, or old (the weights that sampled)
     rollout: str = "current"            # theta-: current, ema, or start (offline: groups from the first model)
     ema: float = 0.98                   # decay of the moving average, per update; evaluated and saved (0: off)
-    ema_ramp: float = 0.0               # if above 0 the decay is min(ema, ema_ramp * updates)     [released code: .001]
-    rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 500]
+    ema_ramp: float = 0.0               # if above 0 update n's decay is min(ema, ema_ramp (n-1))  [released code: .001]
+    rollout_after: int = 0              # updates before --rollout is heeded, current until then   [released code: 501]
     clip_range: float = 0.0             # no gradient past exp(l_old - l) = 1 + sign(A) c; 0: off  [released code: 1e-2]
     clip_old: str = "rollout"           # whose l_old the clip uses: rollout (theta-) or ema       [released code: ema]
     kl_beta: float = 0.05               # weight of the velocity KL mean |v - v_ref|^2             [released code: .02]
@@ -82,10 +83,10 @@ class Config:
     adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway    [released code]
     adv_std: str = "group"              # (1): group, batch or none    [released code: group; OCR, PickScore: batch]
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [released code: 4.5]
-    cfg_train: float = 1.0              # of the trained network in the loss
-    cfg_ref: float = 1.0                # of the reference in the loss
-    cfg_eval: float = 1.0               # of evaluation
-    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    cfg_train: float = 1.0              # guidance scale of the trained network in the loss
+    cfg_ref: float = 1.0                # guidance scale of the reference in the loss
+    cfg_eval: float = 1.0               # guidance scale of evaluation
+    cfg_also: float = 3.0               # guidance scale of a second test evaluation, before and after training; 0: none
     lora_rank: int = 0                  # 0: train all weights                                     [released code: 64]
     lora_alpha: float = 128.0           # the LoRA is scaled by alpha / rank                       [released code]
     lr: float = 2e-4                    # AdamW                                                    [released code: 3e-4]
@@ -117,8 +118,10 @@ class Config:
                                     rollout=("current", "ema", "start"), adv_std=("group", "batch", "none")),
                    least=dict(timesteps=1, clip_range=0, ema_ramp=0, kl_beta=0, hold=0),
                    positive=("beta", "hold_below"))
-        if not 0 <= self.t_min < 1 or self.hold_below > 1:
-            raise ValueError(f"--t-min {self.t_min}: 0 or more, less than 1; --hold-below {self.hold_below}: at most 1")
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"--t-min {self.t_min}: 0 or more, and less than 1")
+        if self.hold_below > 1:
+            raise ValueError(f"--hold-below {self.hold_below}: a time, so at most 1")
         if not self.ema and "ema" in (self.ref, self.rollout, self.clip_old):
             raise ValueError("--ema 0: --ref, --rollout and --clip-old ema want a moving average")
 
@@ -149,7 +152,7 @@ def group_advantage(reward, group_size, std="group"):
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
-    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    Returns (B,). Raises ValueError for another shape or std, a group_size < 2, or B no multiple of it.
     """
     ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
     if ops.compiled(reward):
@@ -158,7 +161,8 @@ def group_advantage(reward, group_size, std="group"):
     r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
     dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
     by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
-          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(),
+          "none": 1 - 1e-4}[std]                                       # 1 with what the next line adds
     return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # A_i  (B,)
 # == end ==
 
@@ -171,7 +175,7 @@ def noised(x_0, eps, t, ddpm=False):
     t = t[:, None, None, None]
     if not ddpm:
         return torch.lerp(x_0, eps, t)
-    a = t.new_tensor(models.ALPHA_BAR)[t.long()]                       # (B, 1, 1, 1)
+    a = models.alpha_bar(t.device, t.dtype)[t.long()]                  # (B, 1, 1, 1)
     return a.sqrt() * x_0 + (1 - a).sqrt() * eps
 
 
@@ -180,11 +184,12 @@ def dsm_loss(v, x_0, eps, t, weight="v", ddpm=False):
 
     v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
     "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
-    slope of the signal-to-noise ratio (1 - t)^2/t^2: [22] with DDPM's eta, times T, as T grows. Returns (B,).
+    slope of the signal-to-noise ratio (1 - t)^2/t^2: [22] with DDPM's eta, times T (which beta then lacks), as T grows.
+    Returns (B,).
     ddpm: v is the predicted noise, t a DDPM step; weight "v" is then the noise's own error, as Diffusion-DPO's.
     """
     if ddpm:
-        error, a = (eps - v).square().flatten(1).mean(1), t.new_tensor(models.ALPHA_BAR)[t.long()]
+        error, a = (eps - v).square().flatten(1).mean(1), models.alpha_bar(t.device, t.dtype)[t.long()]
         return {"v": 1.0, "x0": (1 - a) / a}[weight] * error           # |x_0hat - x_0|^2 = (1 - a)/a |eps_hat - eps|^2
     error = (eps - x_0 - v).square().flatten(1).mean(1)                # t^-2 |x_0hat - x_0|^2  (B,)
     return {"v": 1.0, "x0": t ** 2, "elbo": (1 - t) / t}[weight] * error
@@ -239,7 +244,8 @@ def best_and_worst(adv, group_size):
 
 # == same: log-prob (dgpo grpo proxt2i slas) ==
 def gaussian_logp(x, mean, std):
-    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
+    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...);
+    std: a float > 0."""
     logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return logp.flatten(1).mean(1)
 # == end ==
@@ -249,9 +255,9 @@ def gaussian_logp(x, mean, std):
 def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
-    x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for ""; detach: two separate passes, the unconditional one without gradients. Returns the velocity or noise in
-    float32, or float64 for a float64 network.
+    net(x, t, *ctx), x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx: what encode_text gave, text
+    (B, L, width) and maybe pooled (B, width'); null: the same of "", B = 1. detach: two separate passes, the
+    unconditional one without gradients. Returns the velocity or noise (B, C, H, W) in float32, float64 of float64.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -276,7 +282,8 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     """One step of DPM-Solver++(2M) on flow times: alpha = 1 - t, sigma = t, lambda = ln(alpha / sigma).
 
     x_0hat: this step's clean estimate x_t - t v; x_0hat_last, t_last: the step's before, None at the first step. First
-    order without them and for t_next = 0 (where lambda is infinite). Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    order without them, after t_last = 1 and for t_next = 0 (lambda is infinite). Source: Lu et al., arXiv:2211.01095,
+    Alg. 2.
     """
     if t_next == 0:
         return x_0hat
@@ -355,22 +362,24 @@ def ode(net, x, ts, ctx, null, scale, solver="euler"):
             x, *_ = ddim_step(v, x, models.ALPHA_BAR[t], models.ALPHA_BAR[t_next], eta=0.0)
         elif solver == "euler":
             x = euler_step(v, x, t, t_next)
-        else:
+        elif solver == "dpm":
             x_0hat = x - t * v
             x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+        else:
+            raise ValueError(f"ode: solver={solver!r} is unknown: euler, dpm or ddim")
     return x
 
 
 def sample(pipe, prompts, keys, cfg, scale):
     """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
-    ts, images = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
+    ts, latents = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
     shape, null, wide = pipe.latent_shape(cfg.resolution), pipe.encode_text([""]), data.wide(cfg.dtype)
     with models.merged(pipe.net, cfg.merge_lora):
         for i in range(0, len(prompts), cfg.micro_batch):
             ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
             x = data.noises(shape, some, ctx[0].device, wide)
-            images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
-    return torch.cat(images)
+            latents.append(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver)))
+    return torch.cat([pipe.decode(x_0) for x_0 in latents])            # the copy that `merged` held is gone
 # == end ==
 
 
@@ -514,11 +523,11 @@ def train(cfg):
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         source = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"   # whose weights sample
-        sampler = old = {"current": None, "ema": ema, "start": start}[source]
+        theta_minus = old = {"current": None, "ema": ema, "start": start}[source]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
-            old = [p.detach().clone() for p in sampler or params]
+            old = [p.detach().clone() for p in theta_minus or params]
         x_0 = []
-        with models.using(params, sampler):
+        with models.using(params, theta_minus):
             for s, groups in run.chunks(cfg.group_size):               # one is scored while the next is sampled
                 x_0.append(rollout(pipe, [c[s] for c in ctx], null, cfg, step, groups))
                 scoring.add(pipe.decode(x_0[-1]), prompts[s], metas[s])

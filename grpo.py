@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import data                             # first: torch's threads read how long to wait
+import data                             # first: sets GOMP_SPINCOUNT, which torch reads once
 import torch
 
 import models
@@ -32,7 +32,7 @@ from csrc import ops
 @dataclass
 class Config:
     model: str = "tiny"                 # tiny, sd35m, flux, sd14, or a directory in the diffusers layout
-    weights: str = ""                   # its directory or original single file, where it is not weights/<model>
+    weights: str = ""                   # the model's directory or original single file, if not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     method: str = "flow"                # flow (Flow-GRPO), dance (DanceGRPO): its SDE, never a KL, one noise a group
     preset: str = ""                    # tiny, paper, official (released runs: Flow-GRPO's, DanceGRPO's)
@@ -40,14 +40,14 @@ class Config:
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
-    reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
-    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; each is followed by `updates` optimizer steps
     minutes: float = 4.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # T, network evaluations of a rollout                 [Flow-GRPO, App. B.3]
-    eval_steps: int = 10                # the same for evaluation, by ODE                          [Flow-GRPO: 40]
+    eval_steps: int = 10                # network evaluations of an image in evaluation, by ODE    [Flow-GRPO: 40]
     groups: int = 8                     # prompts a rollout, over all processes                    [Flow-GRPO: 48]
     group_size: int = 24                # G, images a prompt                                       [Flow-GRPO, App. B.3]
     resolution: int = 0                 # pixels; 0: the checkpoint's own
@@ -66,15 +66,15 @@ class Config:
     kl_beta: float = 0.0                # weight of Eq. (4)                                     [Flow-GRPO's code: .04]
     kl_form: str = "flow-grpo"          # flow-grpo (no dt, released code), gaussian (exact), velocity |v - v_ref|^2
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off) [Flow-GRPO's code]
-    ema_every: int = 1                  # updates between two of its steps                      [Flow-GRPO's code: 8]
+    ema_every: int = 1                  # updates between two steps of the moving average       [Flow-GRPO's code: 8]
     adv_clip: float = 5.0               # cuts advantages; by a group's std |A| <= sqrt(G - 1) anyway [Flow-GRPO's code]
     adv_std: str = "group"              # (1): group (papers), batch (Flow-GRPO's code) or none
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off               [Flow-GRPO's code: 4.5]
-    cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
+    cfg_train: float = 1.0              # guidance scale of the policy in the loss; the ratio wants the rollout's
     cfg_detach: bool = False            # no gradient through cfg_train's unconditional pass  [Flow-GRPO's code: True]
-    cfg_ref: float = 1.0                # of the reference in the KL
-    cfg_eval: float = 1.0               # of evaluation
-    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    cfg_ref: float = 1.0                # guidance scale of the reference in the KL
+    cfg_eval: float = 1.0               # guidance scale of evaluation
+    cfg_also: float = 3.0               # guidance scale of a second test evaluation, before and after training; 0: none
     lora_rank: int = 0                  # 0: train all weights                                  [Flow-GRPO's code: 32]
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank                    [Flow-GRPO's code]
     lr: float = 5e-5                    # AdamW                                                 [Flow-GRPO's code: 3e-4]
@@ -132,7 +132,7 @@ FLUX = {**DANCE, "resolution": 720, "sample_steps": 16, "sde": "dance", "noise_l
 SD14 = {**DANCE, "resolution": 512, "sample_steps": 50, "noise_level": 1.0, "train_steps": 0, "groups": 32,
         "group_size": 16, "cfg_rollout": 5.0, "cfg_train": 5.0, "ema": 0.0,        # its SD1.4 run: four prompts a GPU
         "cfg_eval": 5.0, "eval_steps": 50}
-METHODS = {                                                           # under a preset of this method, above another's
+METHODS = {                             # a method's own numbers: below its own preset's, above another method's
     "flow": dict(sde="", noise_level=0.7, shared_noise=False, clean_final=False),
     "dance": dict(sde="", noise_level=0.3, shared_noise=True, kl_beta=0.0)}
 TWO, MIX = ("hpsv2:0.7,clip-dfn:1.4",) * 2, dict(reward_mix="advantage", adv_std="none")   # Alg. 1; issue 19: SD1.4
@@ -153,7 +153,7 @@ def group_advantage(reward, group_size, std="group"):
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
-    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    Returns (B,). Raises ValueError for another shape or std, a group_size < 2, or B no multiple of it.
     """
     ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
     if ops.compiled(reward):
@@ -162,7 +162,8 @@ def group_advantage(reward, group_size, std="group"):
     r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
     dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
     by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
-          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(),
+          "none": 1 - 1e-4}[std]                                       # 1 with what the next line adds
     return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # A_i  (B,)
 # == end ==
 
@@ -172,13 +173,14 @@ def policy_loss(logp, logp_old, adv, clip_range):
     """Clipped surrogate, to be minimised.
 
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
-    Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
+    Returns the loss () and, for the log, {ratio, approx_kl, clip_frac}, each () and detached. Source: PPO,
+    arXiv:1707.06347, Eq. 7.
     """
     ratio = (logp - logp_old).clamp(max=20).exp()                      # q_i  (B,); capped: inf * 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
-    return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
-                  "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+    return loss, {"ratio": ratio.detach().mean(), "approx_kl": (logp - logp_old).detach().square().mean() / 2,
+                  "clip_frac": (ratio != clipped).float().mean()}      # outside 1 +- c, whichever the minimum takes
 # == end ==
 
 
@@ -186,7 +188,8 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
     """Distance of one step's policy from the reference's, Eq. (4), averaged over dimensions and batch.
 
-    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt); dt: < 0, read by flow-grpo. Forms:
+    mean, mean_ref, v, v_ref: (B, C, H, W) float32; std: the step's, s sqrt(-dt), a float; dt: < 0, read by flow-grpo.
+    Returns (), in one of three forms:
     gaussian   |mean - mean_ref|^2 / (2 std^2)         the exact KL of two Gaussians with equal std, per dimension
     flow-grpo  |mean - mean_ref|^2 / (2 s^2)           the same times -dt: the released code, whose beta goes with it
     velocity   |v - v_ref|^2                           DGPO's
@@ -201,7 +204,8 @@ def kl_loss(mean, mean_ref, v, v_ref, std, dt, form):
 
 # == same: log-prob (dgpo grpo proxt2i slas) ==
 def gaussian_logp(x, mean, std):
-    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
+    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...);
+    std: a float > 0."""
     logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return logp.flatten(1).mean(1)
 # == end ==
@@ -211,9 +215,9 @@ def gaussian_logp(x, mean, std):
 def guided(net, x, t, ctx, null, scale, detach=False):
     """The network with classifier-free guidance, uncond + scale (cond - uncond): one pass at scale 1, else two at once.
 
-    x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx, null: what encode_text gave for the prompts and
-    for ""; detach: two separate passes, the unconditional one without gradients. Returns the velocity or noise in
-    float32, or float64 for a float64 network.
+    net(x, t, *ctx), x (B, C, H, W); t: flow time or DDPM step, a number or (B,); ctx: what encode_text gave, text
+    (B, L, width) and maybe pooled (B, width'); null: the same of "", B = 1. detach: two separate passes, the
+    unconditional one without gradients. Returns the velocity or noise (B, C, H, W) in float32, float64 of float64.
     """
     dtype = models.compute_dtype(net)
     wide = torch.promote_types(dtype, torch.float32)
@@ -238,7 +242,8 @@ def dpm_step(x_0hat, x_0hat_last, x_t, t_last, t, t_next):
     """One step of DPM-Solver++(2M) on flow times: alpha = 1 - t, sigma = t, lambda = ln(alpha / sigma).
 
     x_0hat: this step's clean estimate x_t - t v; x_0hat_last, t_last: the step's before, None at the first step. First
-    order without them and for t_next = 0 (where lambda is infinite). Source: Lu et al., arXiv:2211.01095, Alg. 2.
+    order without them, after t_last = 1 and for t_next = 0 (lambda is infinite). Source: Lu et al., arXiv:2211.01095,
+    Alg. 2.
     """
     if t_next == 0:
         return x_0hat
@@ -317,22 +322,24 @@ def ode(net, x, ts, ctx, null, scale, solver="euler"):
             x, *_ = ddim_step(v, x, models.ALPHA_BAR[t], models.ALPHA_BAR[t_next], eta=0.0)
         elif solver == "euler":
             x = euler_step(v, x, t, t_next)
-        else:
+        elif solver == "dpm":
             x_0hat = x - t * v
             x, last, t_last = dpm_step(x_0hat, last, x, t_last, t, t_next), x_0hat, t
+        else:
+            raise ValueError(f"ode: solver={solver!r} is unknown: euler, dpm or ddim")
     return x
 
 
 def sample(pipe, prompts, keys, cfg, scale):
     """Images (B, 3, H, W) in [0, 1] in eval_steps steps of the ODE, from noise that is a function of the keys."""
-    ts, images = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
+    ts, latents = pipe.times(cfg.eval_steps, cfg.schedule, cfg.shift, cfg.resolution), []
     shape, null, wide = pipe.latent_shape(cfg.resolution), pipe.encode_text([""]), data.wide(cfg.dtype)
     with models.merged(pipe.net, cfg.merge_lora):
         for i in range(0, len(prompts), cfg.micro_batch):
             ctx, some = pipe.encode_text(prompts[i:i + cfg.micro_batch]), keys[i:i + cfg.micro_batch]
             x = data.noises(shape, some, ctx[0].device, wide)
-            images.append(pipe.decode(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver))))
-    return torch.cat(images)
+            latents.append(ode(pipe.net, x, ts, ctx, null, scale, pipe.solver(cfg.solver)))
+    return torch.cat([pipe.decode(x_0) for x_0 in latents])            # the copy that `merged` held is gone
 # == end ==
 
 
@@ -396,7 +403,7 @@ def train(cfg):
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     kind = sde_kind(pipe, cfg)
     if cfg.clean_final and pipe.ddpm:
-        raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it away")
+        raise ValueError(f"--clean-final is for flow models, and {cfg.model} knows DDPM steps: leave it out")
     ts = pipe.times(cfg.sample_steps, cfg.schedule, cfg.shift, cfg.resolution)     # T + 1 times, from 1 down to 0
     dts = [b - a if kind in ("flow", "dance") else -1 for a, b in zip(ts, ts[1:])]  # -1: no dt in std to undo
     run.begin(pipe, sample, params, ema, opt, rows)                    # from here on these are evaluated and saved
@@ -423,8 +430,8 @@ def train(cfg):
             scoring.add(pipe.decode(parts[-1][2]), prompts[s], metas[s])
         x = torch.cat([part[0] for part in parts], 1)                  # (T + 1, B, C, H, W)
         logp_old = {i: torch.cat([part[1][i] for part in parts]) for i in parts[0][1]}     # {step: (B,)}
-        # The schedule's last step is not trained, as released; its noise is next to none from SD3's t = .009 on, .07 to
-        # .1 from t = .1: then it blurs the reward, unless --clean-final leaves it out.
+        # The schedule's last step is not trained, as released. Its noise stays in the image: next to none from SD3's
+        # last t = .009, std .07 to .1 from t = .1, which blurs the reward; --clean-final scores x_0hat instead.
         trained = [i for i in logp_old if i < cfg.sample_steps - 1 or cfg.sample_steps == 1]
         trained = sorted(sorted(trained, key=choice.__getitem__)[:cfg.train_steps or None])
         del parts                                                      # their trajectories live on in x alone
@@ -440,11 +447,13 @@ def train(cfg):
             with torch.no_grad(), run.uncounted():
                 data.check_ratio(run, [rescore(x[:, p], i, [c[p] for c in ctx], cfg.cfg_train)[0] - logp_old[i][p]
                                        for p in run.pieces(chunks) for i in trained])
-        logs, differences = torch.zeros(5, device=run.device, dtype=x.dtype), []           # loss, kl, stats: means
+        logs, differences, grad_norm = torch.zeros(5, device=run.device, dtype=x.dtype), [], None      # logs: means
         for update in range(cfg.updates):
             total = sum(kept[update::cfg.updates]) * cfg.group_size * len(trained)         # of all processes
+            if not total:
+                continue                                               # no gradient: AdamW would move on by itself
             for some, own in run.portions(update, kept):               # indices of its images; own []: for shards only
-                share = len(own) / max(1, total)
+                share = len(own) / total
                 part, text = x[:, some], [c[some] for c in ctx]
                 for i in trained:
                     if cfg.kl_beta:                                    # first: see models.using on shards
@@ -466,7 +475,7 @@ def train(cfg):
                 models.move(ema, params, 1 - cfg.ema)
         # 5. Report
         made = sum(any(kept[update::cfg.updates]) for update in range(cfg.updates))    # updates with a group to train
-        means = zip(("loss", "kl", "ratio", "clip_frac", "approx_kl"), (run.sum(logs) / made).tolist())
+        means = zip(("loss", "kl", "ratio", "approx_kl", "clip_frac"), (run.sum(logs) / made).tolist())
         run.report(len(reward), row | dict(means, grad_norm=grad_norm))
     data.finish(run, start)
 

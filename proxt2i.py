@@ -7,7 +7,7 @@ the chain is random by itself, so that policy gradients need no noise of their o
 Paper: ProxT2I, arXiv:2511.18742; its precursor ProxDM, arXiv:2507.08956. (n) is this file's number, [n] the paper's;
 xi, the noise of a step, is `eps` in the code.
 
-    (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral over a step       step_gamma
+    (1) [1]    dX = -beta/2 X dt + sqrt(beta) dW, beta(t) = .1 + 19.9 t; gamma its integral    beta_integral, step_gamma
     (2) [8]    l = 1 - exp(-|pred - target|^2 / (d zeta^2)); zeta -> 0 finds the proximal operator   prox_matching_loss
     (3) [8]    y = X_t + sqrt(lam) eps; the network predicts (y - prox) / sqrt(lam), so its target is eps         train
     (4) [4, 6] y = (1 + gamma/2) x + sqrt(gamma) xi,  x' = prox(y; t', gamma)                          pda_hybrid_step
@@ -40,7 +40,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data                             # first: torch's threads read how long to wait
+import data                             # first: sets GOMP_SPINCOUNT, which torch reads once
 import torch
 
 import models
@@ -56,7 +56,7 @@ STAGES = ("compare", "rl", "train", "finetune", "sample")
 @dataclass
 class Config:
     model: str = "tiny-prox"            # tiny-prox, tiny-score, uvit, or a directory
-    weights: str = ""                   # its directory, where it is not weights/<model>
+    weights: str = ""                   # the model's directory, if not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
     stage: str = "rl"                   # compare, rl, train, finetune, sample: the first word of the command line
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
@@ -65,14 +65,14 @@ class Config:
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
     eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
-    reward_device: str = ""             # where these are computed, such as cpu or cuda:1; empty: where the run is
-    reward_dtype: str = "float32"       # of CLIP's and imagereward's products in --reward: float32, bfloat16
+    reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
+    reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16
     overlap: bool = False               # images are scored while the next are sampled: for GPUs and judges, not a CPU
     prompts: str = "shapes"             # shapes, geneval, geneval-unseen, ocr; a .txt, .jsonl, .json, .csv, a folder
     steps: int = 100000                 # rollouts; in training, optimizer steps
     minutes: float = 2.0                # stop after so many, evaluation at the end not counted
     sample_steps: int = 10              # N, steps of a rollout                                    [paper, App. C]
-    eval_steps: int = 10                # the same for evaluation
+    eval_steps: int = 10                # network evaluations of an image in evaluation
     sampler: str = ""                   # prox: hybrid, pda; score: sde, sde-mean, ode, dpm; empty: --scheme's, or dpm
     score_gamma: str = "integral"       # of sde, sde-mean, ode: beta's integral; start: beta(t) dt    [paper: start]
     compare_steps: str = "4,5,6,8,10,25"  # steps that `compare` tries
@@ -85,7 +85,7 @@ class Config:
     predict: str = "v"                  # what a new network learns: noise, (3), or v, (9)        [ProxDM: noise]
     scheme: str = "hybrid"              # whose law of lambda is trained: hybrid, pda
     candidates: str = "4,5,6,7,8,9,10,25"  # numbers of steps that (t, lambda) is drawn from       [paper, App. C]
-    zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper, App. C]
+    zeta: float = 1.0                   # width of the matching loss; tiny: from 1 to .5           [paper: 1]
     zeta_start: float = 0.0             # zeta falls from here after the warm-up; 0: constant        [ProxDM: 2, then 1]
     warmup: float = 0.0                 # share of the steps trained by L1 first                   [ProxDM: .2]
     zeta_space: str = "residual"        # where |.| of Eq. (2) is taken: residual, the network's answer; or x
@@ -104,13 +104,13 @@ class Config:
     adv_std: str = "group"              # std of the advantage: group, batch or none
     ema: float = 0.9                    # decay of the moving average; evaluated and saved (0: off)
     cfg_rollout: float = 1.0            # guidance scale of the rollouts, 1 = off                  [paper: 5]
-    cfg_train: float = 1.0              # of the policy in the loss; the ratio wants the rollout's
-    cfg_ref: float = 1.0                # of the reference in the KL
-    cfg_eval: float = 1.0               # of evaluation
-    cfg_also: float = 3.0               # a second evaluation at the end, before and after; 0: none
+    cfg_train: float = 1.0              # guidance scale of the policy in the loss; the ratio wants the rollout's
+    cfg_ref: float = 1.0                # guidance scale of the reference in the KL
+    cfg_eval: float = 1.0               # guidance scale of evaluation
+    cfg_also: float = 3.0               # guidance scale of a second test evaluation, before and after training; 0: none
     lora_rank: int = 0                  # 0: train all weights
     lora_alpha: float = 64.0            # the LoRA is scaled by alpha / rank
-    lr: float = 2e-4                    # AdamW's; train, finetune: their --optimizer's, in TINY and PAPER
+    lr: float = 2e-4                    # learning rate of AdamW; in train and finetune of --optimizer
     weight_decay: float = 1e-4          # AdamW's; with Muon, that of the matrices alone
     max_grad_norm: float = 1.0          # gradients are clipped to it
     micro_batch: int = 96               # images at once in the network; rewards see whole groups
@@ -197,7 +197,7 @@ def group_advantage(reward, group_size, std="group"):
 
     reward: (B,) float32, groups contiguous; NaN marks a failed one: out of every mean and std, advantage 0.
     std: "group", the population std of the group; "batch", of all rewards; "none", 1. A constant group gives 0.
-    Returns (B,). Raises ValueError if B is no multiple of group_size.
+    Returns (B,). Raises ValueError for another shape or std, a group_size < 2, or B no multiple of it.
     """
     ops.check_rewards("group_advantage", reward, group_size, std, ops.STD)
     if ops.compiled(reward):
@@ -206,7 +206,8 @@ def group_advantage(reward, group_size, std="group"):
     r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)               # so that a constant group is exactly 0
     dr = r - r.nanmean(1, keepdim=True)                                # NaN where a sample failed
     by = {"group": dr.square().nanmean(1, keepdim=True).sqrt(),        # (P, 1)
-          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(), "none": 1 - 1e-4}[std]
+          "batch": (reward - reward.nanmean()).square().nanmean().sqrt(),
+          "none": 1 - 1e-4}[std]                                       # 1 with what the next line adds
     return (dr / (by + 1e-4)).flatten().nan_to_num(0.0)                # A_i  (B,)
 # == end ==
 
@@ -243,7 +244,8 @@ def prox_matching_loss(pred, target, zeta):
     """Proximal matching, Eq. (2): 1 - exp(-|pred - target|^2 / (d zeta^2)), to be minimised.
 
     pred, target: (B, ...) of d numbers each; zeta: a float > 0. Small zeta: only hits count, and the minimiser
-    tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Source: [8].
+    tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Raises
+    ValueError for unequal shapes or dtypes. Source: [8].
     """
     ops.check_same("prox_matching_loss", pred=pred, target=target)
     if ops.compiled(pred):
@@ -273,7 +275,8 @@ def prox_logp(y_next, prox_y, gamma_next):
 
 # == same: log-prob (dgpo grpo proxt2i slas) ==
 def gaussian_logp(x, mean, std):
-    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...)."""
+    """log N(x; mean, std^2 I), a mean over dimensions: (B,) in nats. x (not differentiated), mean: (B, ...);
+    std: a float > 0."""
     logp = -((x.detach() - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return logp.flatten(1).mean(1)
 # == end ==
@@ -290,13 +293,14 @@ def policy_loss(logp, logp_old, adv, clip_range):
     """Clipped surrogate, to be minimised.
 
     logp, logp_old, adv: (B,) float32, log-probs in nats per latent dimension; clip_range: c > 0.
-    Returns the loss () and a dict of detached scalars to log. Source: arXiv:1707.06347, Eq. 7.
+    Returns the loss () and, for the log, {ratio, approx_kl, clip_frac}, each () and detached. Source: PPO,
+    arXiv:1707.06347, Eq. 7.
     """
     ratio = (logp - logp_old).clamp(max=20).exp()                      # q_i  (B,); capped: inf * 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)              #      (B,)
     loss = -torch.minimum(ratio * adv, clipped * adv).mean()
-    return loss, {"ratio": ratio.detach().mean(), "clip_frac": (ratio != clipped).float().mean(),
-                  "approx_kl": (logp - logp_old).detach().square().mean() / 2}
+    return loss, {"ratio": ratio.detach().mean(), "approx_kl": (logp - logp_old).detach().square().mean() / 2,
+                  "clip_frac": (ratio != clipped).float().mean()}      # outside 1 +- c, whichever the minimum takes
 # == end ==
 
 
@@ -326,13 +330,16 @@ def pda_step(prox, x, t_next, gamma, eps):
 
 
 def sde_euler_step(score, x, t, gamma, eps):
-    """Euler-Maruyama on the reverse SDE: x + gamma (x/2 + score(x, t)) + sqrt(gamma) eps; eps None: the mean."""
+    """Euler-Maruyama on the reverse SDE: x + gamma (x/2 + score(x, t)) + sqrt(gamma) eps; eps None: the mean.
+
+    x, eps: (B, C, H, W) float32; t, where the step begins, and gamma: floats. Returns x_next. Source: [2].
+    """
     mean = x + gamma * (x / 2 + score(x, t))
     return mean if eps is None else mean + math.sqrt(gamma) * eps
 
 
 def ode_euler_step(score, x, t, gamma):
-    """One Euler step of the probability-flow ODE: x + gamma/2 (x + score(x, t))."""
+    """One Euler step of the probability-flow ODE: x + gamma/2 (x + score(x, t)). As above; arXiv:2011.13456."""
     return x + gamma / 2 * (x + score(x, t))
 
 
@@ -459,7 +466,7 @@ def default_sampler(cfg):
 
 def sample(pipe, prompts, keys, cfg, scale):
     """Images (B, 3, H, W) in [0, 1] in eval_steps steps, from noise that is a function of the keys, one an image."""
-    images, null, wide = [], pipe.encode_text([""]), data.wide(cfg.dtype)
+    latents, null, wide = [], pipe.encode_text([""]), data.wide(cfg.dtype)
     shape, device = pipe.latent_shape(cfg.resolution), next(pipe.net.parameters()).device
     with torch.no_grad(), models.merged(pipe.net, cfg.merge_lora):
         for i in range(0, len(prompts), cfg.micro_batch):
@@ -469,8 +476,8 @@ def sample(pipe, prompts, keys, cfg, scale):
                 return data.noises(shape, [(*key, k) for key in some], device, wide)
             answer = answer_of(cfg.method, pipe.net, ctx, null, scale)
             x = run_chain(default_sampler(cfg), answer, draw("start"), cfg.eval_steps, draw, cfg.score_gamma)
-            images.append(pipe.decode(x))
-    return torch.cat(images)
+            latents.append(x)
+    return torch.cat([pipe.decode(x_0) for x_0 in latents])
 
 
 def kernel(method, answer, state, k, n, score_gamma="integral"):
@@ -488,7 +495,7 @@ def kernel(method, answer, state, k, n, score_gamma="integral"):
 
 
 def hold_error(method, policy, reference, x_0, n, eps, score_gamma="integral"):
-    """Eq. (10): what the weights have moved of the last landing of a chain of n steps, mean |f - f_ref|^2, ().
+    """Eq. (10): how far the weights have moved the last landing of a chain of n steps, mean |f - f_ref|^2, ().
 
     policy: a callable of `answer_of`; reference: the context in which its network has the reference's weights;
     x_0, eps: (B, C, H, W). y as in training, Eq. (3), or for a score model X_{1/n}. n is any number of steps, not the
