@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -1473,6 +1474,9 @@ def check_device(name, device):
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:                    # no such word, no such device
         raise ValueError(f"{flag}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{flag}: all processes of this machine would share that GPU; leave the flag out, and each "
+                         f"takes its own, or try cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0                  # neither opens a context
     if device.type == "cuda" and (device.index or 0) >= found:
         raise ValueError(f"{flag}: PyTorch {torch.__version__} can use {found} GPU(s) on this machine")
@@ -1530,10 +1534,12 @@ def check(cfg, words, least, positive):
         raise ValueError("--fsdp and --compile together are untested: choose one of them")
 
 
-def load_judges(cfg, run):
+def load_judges(cfg, run, rows=None):
     """What a run is judged by: run.judges, --eval-reward and --gold-reward, and the prompts run.val and run.test."""
     import rewards
-    val, test = (prompts(cfg.prompts, split) for split in ("val", "test"))
+    same = os.path.isfile(cfg.prompts) and pathlib.Path(cfg.prompts).suffix.lower() in FORMATS        # for all splits:
+    val = same and rows or prompts(cfg.prompts, "val")                 # rows, if given, are read already; a million
+    test = val if same else prompts(cfg.prompts, "test")               # take seconds
     run.val, run.test = draw_prompts(val, cfg.val_images, "val"), draw_prompts(test, cfg.eval_images, "test")
     run.judges = rewards.judges(cfg, run.device, run.test + run.val * bool(cfg.eval_every))
 
@@ -1550,7 +1556,7 @@ def load_inputs(cfg, run):
     if cfg.reward_mix == "advantage" and len(score.weights) < 2:
         raise ValueError(f"--reward-mix advantage mixes the terms of a sum, and --reward {cfg.reward} is one reward")
     rows = prompts(cfg.prompts, "train")
-    load_judges(cfg, run)
+    load_judges(cfg, run, rows)
     rewards.check(score, rows)
     return Scoring(run, score), rows
 
@@ -1591,6 +1597,7 @@ def load_policy(cfg, run, fresh=False):
     pipe.latent_shape(cfg.resolution)                                  # these refuse what the model cannot do
     pipe.solver(getattr(cfg, "solver", ""))
     net = pipe.net
+    alike(fingerprint(net), "give every machine the same --weights")   # whole, before they are cut into shards
     run.watch(net)
     pipe.guidance, pipe.offload = getattr(cfg, "guidance", pipe.guidance), cfg.offload
     net.checkpointing = cfg.checkpointing
@@ -1639,9 +1646,7 @@ def exit_codes(advice=""):
         elif pathlib.Path(__file__).resolve().parent not in raised_in.parents[:2]:      # csrc/, too
             crash()
             raise
-        for bar in list(getattr(tqdm, "_instances", ())):              # or they would draw themselves below the line
-            bar.close()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("error", " ".join(str(error).split()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() or busy() else sys.exit(2)    # others may wait in a collective
@@ -1661,18 +1666,49 @@ def without_traceback(kind, error, trace):
     print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
 
 
+def place():
+    """Which of several processes this is, and where, for a message; "" where it is the only one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return f" (process {os.environ.get('RANK', 0)} of {world}, {os.uname().nodename})" if world > 1 else ""
+
+
+def complain(kind, text):
+    """Print a line on stderr; one of several processes starts it anew, as another's progress bar may be there."""
+    for bar in list(getattr(tqdm, "_instances", ())):                  # or they would draw themselves below the line
+        bar.close()
+    print("\n" * bool(place()) + f"{kind}{place()}: {text}\n", end="", file=sys.stderr)   # at once: others print, too
+
+
 def busy():
     """Drop the rewards that wait for a thread; does it compute one that does not end within a second?"""
     return any([scoring.drop() for scoring in Scoring.made])
 
 
+# What Gloo, NCCL and the store say of another process that is gone, or does not answer.
+LOST = re.compile(r"^\[\S*gloo/transport|ncclRemoteError|communicator was aborted|Watchdog caught|wait timeout|"
+                  r"likely closed|waiting for clients")
+
+
 def crash(status=1):
-    """End at once, with a traceback, where other processes may wait in a collective or a thread computes a reward."""
-    if dist.is_initialized() and dist.get_world_size() > 1 or busy():
+    """End at once, with a traceback, where other processes may wait in a collective or a thread computes a reward; in
+    a line and 3 s late, where another process has ended: torchrun takes the first that it sees end for the cause."""
+    error, several = sys.exc_info()[1], dist.is_initialized() and dist.get_world_size() > 1
+    if place() and isinstance(error, RuntimeError) and LOST.search(str(error)):
+        reason = str(error).split("] ", 1)[-1].partition(". This")[0]  # without a place in Gloo's source
+        complain("stopped", f"another process ended, or hangs: {' '.join(reason.split())[:200]}")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # no step follows that it could stop after
+        time.sleep(3)
+    elif several or busy():
         sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    else:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+MEETING = datetime.timedelta(minutes=10)      # for all processes to start
+COLLECTIVE = datetime.timedelta(hours=2)      # for the slowest: a judge that hangs takes 12.5 minutes a chunk of images
 
 
 def join(device=None, alone=False):
@@ -1690,9 +1726,15 @@ def join(device=None, alone=False):
                              f"{torch.cuda.device_count()}")
         device = torch.device("cuda", local if device.index is None or world > 1 else device.index)
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)                    # attention: alike with and without gradients
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:                    # PR_SET_PDEATHSIG = 1: stop
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)                     # after the step in which torchrun is killed
     if (world > 1 or alone) and not dist.is_initialized():
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(**backend, timeout=datetime.timedelta(minutes=30))
+        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set(f"met/{rank}", "")
+        store.wait([f"met/{other}" for other in range(world)], MEETING)
+        dist.init_process_group(**backend, timeout=COLLECTIVE)
     return rank, world, device
 
 
@@ -1701,6 +1743,26 @@ def leave():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def alike(mine, advice):
+    """Raise ValueError, on every process, unless all have the same {name: value}; for one it is always so."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for name in dict.fromkeys(itertools.chain(*everyone)):
+        values = [one.get(name) for one in everyone]
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            raise ValueError(f"the processes differ: {name} is {values[0]} in process 0 and {values[odd[0]]} in "
+                             f"{str(odd[:8])[1:-1]}{', ...' * (len(odd) > 8)}: {advice}")
+
+
+def fingerprint(net):
+    """{name: the sum of about 64 of its numbers} of a network's weights, to six digits."""
+    sums = [p.detach().flatten()[::max(1, p.numel() // 64)].double().sum() for p in net.parameters()]
+    return {name: f"{x:.6g}" for (name, _), x in zip(net.named_parameters(), torch.stack(sums).tolist())}
 
 
 def refuse_taken(out):
@@ -1726,12 +1788,15 @@ class Run:
     """
 
     FILES = ("metrics.jsonl", "evals.jsonl")                          # a row a step, a row an evaluation
+    WHERE = ("reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")   # it computes
     in_a_row = 0                                                      # updates skipped since the last that was made
 
     def __init__(self, cfg, method):
         from csrc import ops
         ops.use(cfg.fused)
         self.cfg, (self.rank, self.world, self.device) = cfg, join(alone=cfg.fsdp)
+        if self.world > 1:
+            self._started_alike()
         self.method, self.stopping, self.constant, self.norms, self.skipped = method, False, False, [], False
         self.count = {"step": 0, "updates": 0, "images": 0, "forwards": 0, "backwards": 0, "skipped": 0, "seconds": 0.0}
         self.out, self.state = self._open(method)
@@ -1746,6 +1811,19 @@ class Run:
         self.start = time.time() - self.count["seconds"]
         self.say(f"python {' '.join(sys.argv)}\n{method}, preset {cfg.preset}, on {self.world} x {self.device.type}, "
                  f"out: {self.out}")
+
+    def _started_alike(self):
+        """Refuse processes with other flags or other code; only where they compute may differ, as machines do."""
+        import models
+        import rewards
+        from csrc import ops
+        files = inspect.getfile(type(self.cfg)), __file__, models.__file__, rewards.__file__, ops.__file__
+        mine = {os.path.basename(file): hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:8]
+                for file in files}
+        free = self.WHERE[:2] if self.cfg.fsdp else self.WHERE        # shards want the same passes everywhere
+        mine |= {f"--{name.replace('_', '-')}": repr(value) for name, value in dataclasses.asdict(self.cfg).items()
+                 if name not in free}
+        alike(mine, "start all by the same command, with the same code")
 
     def _stop(self, name, _):
         if self.stopping and (name == signal.SIGTERM or time.time() - self.stopping < 1):
@@ -1765,13 +1843,12 @@ class Run:
         settings, state = dataclasses.asdict(cfg), None
         if cfg.resume:
             before = settings_of(out, type(cfg))
-            free = ("steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap",      # how long, and
-                    "reward_device", "text_cache", "gpu_memory", "micro_batch", "checkpointing", "offload")    # where
+            long = "steps", "minutes", "resume", "out", "eval_every", "save_every", "overlap"
             if self.rank == 0:                                        # before the checkpoint is read: nobody adds to it
                 self._lock(out)
             self._agreed(out)
             for key, value in settings.items():
-                if key not in free and before[key] != value:
+                if key not in (*long, *self.WHERE) and before[key] != value:
                     raise ValueError(f"--resume: {out} was made with {key}={before[key]!r}, not {value!r}")
             try:                                                     # killed before its first checkpoint: start anew
                 state = (out / file).exists() and torch.load(out / file, "cpu", weights_only=True, mmap=True)
@@ -2440,7 +2517,7 @@ class Scoring:
     thread has a stream of its own. On a CPU it helps where the reward waits for a server; else they share the cores.
     """
 
-    made = weakref.WeakSet()                                           # all of them, for `busy`
+    made, LONG = weakref.WeakSet(), 300                                # all of them, for `busy`; seconds
 
     def __init__(self, run, score):
         self.run, self.score, self.chunks, self.parts, self.values, self.unparsed = run, score, [], [], {}, {}
@@ -2475,6 +2552,14 @@ class Scoring:
                     if hasattr(one, "unparsed")}
         return reward, values, unparsed
 
+    def _waited(self, part):
+        """A chunk's rewards by the thread; said if they are long in coming: other processes stand still."""
+        try:
+            return part.result(self.LONG)
+        except futures.TimeoutError:
+            tqdm.write(f"waiting{place()} for the reward {self.run.cfg.reward}, {self.LONG:g} s by now", sys.stderr)
+            return part.result()
+
     def result(self):
         """All processes' rewards, float32 on the CPU, NaN where one failed; this process's `images` (B, 3, H, W) wait.
 
@@ -2483,7 +2568,7 @@ class Scoring:
         """
         run, self.images = self.run, torch.cat(self.chunks)
         run.lap("rollout" if self.thread else "reward")
-        parts = [part.result() if self.thread else part for part in self.parts]
+        parts = [self._waited(part) if self.thread else part for part in self.parts]
         run.lap("reward")                                              # by a thread: what was waited for
         reward, values, unparsed = zip(*parts)
         self.values = {name: run.gather(torch.cat([value[name] for value in values]).to(run.device)).cpu()
@@ -2658,9 +2743,11 @@ def sheet(run, prompts, draw):
 
 
 def strip(folder):
-    """All of a run's sheets, one under the other, as samples/strip.png."""
+    """A run's sheets, at most 60 from the first to the last, one under the other, as samples/strip.png."""
     sheets = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
     if sheets:
+        most = min(60, len(sheets))
+        sheets = [sheets[i * (len(sheets) - 1) // max(1, most - 1)] for i in range(most)]
         with Image.open(sheets[0]) as page:
             width, height = page.width, page.height - HEADER
         whole = Image.new("RGB", (width, HEADER + height * len(sheets)), "white")

@@ -46,8 +46,9 @@ def refused(capsys):
         for bar in list(getattr(tqdm, "_instances", ())):              # in a process of its own it would end with it
             bar.close()
         capsys.readouterr()
+        start = "error (process " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "error: "
         lines = [part for part in err.replace("\r", "\n").split("\n") if part.strip() and not part.startswith(BAR)]
-        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith(start), err
         missing = [word for word in words if word not in lines[0]]
         assert not missing, (missing, lines[0])
         return lines[0]
@@ -241,7 +242,17 @@ def test_unknown_flags(module, small, refused):
 def test_groups_and_processes(module, small, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(module, [*small, "--groups", "3"], "--groups 3", "2 processes", "--groups 4")
-    refused(module, [*small, "--eval-images", "1"], "--eval-images 1", "2 or more")
+    refused(module, [*small, "--eval-images", "1"], "--eval-images 1", "2 or more", "process 0 of 2, ")
+
+
+def test_processes_do_not_share_a_gpu_for_rewards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    data.check_device("reward_device", "cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    data.check_device("reward_device", "cuda")
+    with pytest.raises(ValueError, match="--reward-device cuda:1: .*try cpu"):
+        data.check_device("reward_device", "cuda:1")
 
 
 def test_combinations(small, refused):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import dgpo
@@ -146,8 +148,86 @@ assert counts[0] > 0 == counts[1], counts
 def test_a_reward_that_fails_on_one_process_ends_them_all(module, flags):
     two = process(ROOT / f"{module.__name__}.py", flags(reward="raises_on_one_rank"), torchrun=True)
     out, err = two.communicate(timeout=600)
-    assert two.returncode != 0 and "exitcode: 2" in err.replace(" ", "").replace("exitcode:2", "exitcode: 2")
-    assert err.count("error: the reward") == 1 and "the judge of one rank is gone" in err
+    assert two.returncode != 0 and "exitcode:2" in err.replace(" ", "") and "the judge of one rank is gone" in err
+    assert len(re.findall(r"^error \(process 1 of 2, .+\): the reward", err, re.M)) == 1, err
+    assert len(re.findall(r"^stopped \(process 0 of 2, .+\): another process ended", err, re.M)) == 1, err
+    assert "[rank0]" not in err and "rank : 1" in " ".join(err.split()), err               # torchrun's root cause
+
+
+def test_processes_that_are_not_alike_are_refused(flags, tmp_path):
+    """Other flags, code or weights; where they compute may differ, but for shards, which want the same passes."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "models.py").write_text("")
+    script = tmp_path / "start.py"
+    script.write_text(f"""import dataclasses, os, sys
+import data, dgpo, models, torch
+
+odd = os.environ["RANK"] == "1"
+cfg = data.cli(dgpo.Config, dgpo.PRESETS)
+def tried(name, **more):
+    run, text = None, ""
+    try:
+        run = data.Run(dataclasses.replace(cfg, **(more if odd else {{}})), "dgpo")
+    except ValueError as error:
+        text = str(error)
+    with open(f"{{name}}-{{int(odd)}}", "w") as file:
+        file.write(text)
+    return run
+tried("lr", lr=5e-3)
+tried("resume", resume=True)
+tried("where", micro_batch=3, reward_device="cpu", text_cache="there")
+here, models.__file__ = models.__file__, {str(tmp_path / "old" / "models.py")!r} if odd else models.__file__
+tried("code")
+models.__file__ = here
+run, load = tried("weights"), models.load
+def other(*args):
+    pipe = load(*args)
+    with torch.no_grad():
+        list(pipe.net.parameters())[-1].add_(.01 * odd)
+    return pipe
+models.load = other
+try:
+    data.load_policy(cfg, run)
+except ValueError as error:
+    with open(f"weights-{{int(odd)}}", "w") as file:
+        file.write(str(error))
+cfg.fsdp = True
+tried("shards", micro_batch=3)
+data.leave()
+""")
+    two = process(script, flags(), torchrun=True)
+    _, err = two.communicate(timeout=600)
+    assert two.returncode == 0, err
+    words = {"lr": "--lr is 0.001 in process 0 and 0.005 in 1: start all", "resume": "--resume is False", "where": "",
+             "code": "models.py is ", "weights": "give every machine the same --weights",
+             "shards": "--micro-batch is "}
+    for name, said in words.items():
+        texts = {Path(f"{name}-{rank}").read_text() for rank in (0, 1)}
+        assert len(texts) == 1 and said in (text := texts.pop()) and bool(said) == bool(text), (name, texts)
+
+
+def test_processes_that_do_not_come_are_not_awaited_as_long_as_a_judge(monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    code = """import data, datetime
+data.MEETING = datetime.timedelta(seconds=1)
+with data.exit_codes():
+    data.join("cpu")"""
+    one = process("-c", [code])
+    _, err = one.communicate(timeout=100)
+    assert one.returncode == 1 and "Traceback" not in err
+    assert re.search(r"^stopped \(process 0 of 2, .+\): another process ended, or hangs: .*(1/2|timeout)", err, re.M)
+
+
+def test_processes_stop_after_a_torchrun_that_is_killed(flags):
+    two = process(ROOT / "dgpo.py", flags(steps=100000, minutes=2, out="out"), torchrun=True)
+    until, file = time.time() + 60, Path("out/metrics.jsonl")
+    while two.poll() is None and time.time() < until and not (file.exists() and file.stat().st_size):
+        time.sleep(.05)
+    two.kill()
+    out, err = two.communicate(timeout=60)                             # they have the other ends of these pipes
+    steps = json.loads(out.splitlines()[-1])["steps"]
+    assert torch.load("out/last/state.pt", weights_only=True)["count"]["step"] == steps < 100000, err
 
 
 # ============================================================================================================= overlap
@@ -255,6 +335,16 @@ def test_a_failure_in_the_thread_is_the_same_and_stops_the_next_chunk():
         scoring.result()
     line = score.__code__.co_firstlineno + 2
     assert {*said, str(error.value)} == {f"the reward mine failed: KeyError: 'no such judge' ({__file__}:{line})"}
+
+
+def test_a_reward_that_is_long_in_coming_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(data.Scoring, "LONG", .2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for seconds in (1, 0):
+        scoring, _ = scoring_of(lambda images, prompts, metas: time.sleep(seconds) or images[:, 0, 0, 0], True)
+        scoring.add(torch.rand(2, 3, 2, 2), ["a", "a"], [{}, {}])
+        assert len(scoring.result()) == 2
+        assert ("waiting (process 0 of 2" in capsys.readouterr().err) == (seconds == 1)
 
 
 @pytest.mark.parametrize("overlap", (True, False))
@@ -655,8 +745,13 @@ def test_groups_whose_rewards_are_all_alike_can_be_left_out(module, flags):
                                 **more), "--reward", "half.py:score"])[1][0] for drop in (False, True)]
     assert rows[1]["grad_norm"] == pytest.approx(2 * rows[0]["grad_norm"], rel=1e-5)
     assert rows[0]["backwards"] == 2 * rows[1]["backwards"] > 0 and rows[1]["ratio"] == pytest.approx(1, abs=1e-5)
-    last, rows, _ = run(module, [*flags(updates=2, out="none", drop_constant=True, **more), "--reward", "half.py:flat"])
-    assert last["steps"] == 2 and rows[-1]["backwards"] == 0 == rows[-1]["grad_norm"]
+    Path("late.py").write_text(                                        # rollout 1's differ, rollout 2's do not
+        "def score(images, prompts, metas):\n    score.calls += 1\n"
+        "    return images[:, 0].mean((1, 2)) * (score.calls <= 4)\n\n\nscore.calls = 0\n")
+    last, rows, _ = run(module, [*flags(groups=4, updates=2, micro_batch=4, steps=2, out="none", drop_constant=True,
+                                        save_every=1, eval_every=0, **more), "--reward", "late.py:score"])
+    assert last["steps"] == 2 and rows[1]["backwards"] == rows[0]["backwards"] > 0 and rows[1]["grad_norm"] is None
+    assert rows[1]["updates"] == rows[0]["updates"] == 2                # AdamW's momentum moves nothing then
 
 
 def test_the_last_step_of_dgpos_sde_adds_no_noise(random_model):
@@ -1140,10 +1235,24 @@ def test_no_swap_before_a_backward_pass(module, settings, flags, monkeypatch):
     assert set(backwards) == {1}
 
 
-def test_prompts_from_a_file(flags):
+def test_prompts_from_a_file(flags, monkeypatch):
+    """It is read once for all splits."""
     Path("prompts.txt").write_text("a red circle\na blue square and a star\n", encoding="utf-8")
+    read, rows = [], data._rows
+    monkeypatch.setattr(data, "_rows", lambda *some: read.append(some) or rows(*some))
     last, *_ = run(dgpo, [*flags(), "--prompts", "prompts.txt"])
-    assert last["steps"] == 2 and evals("out")[-1]["tags"].keys() == {"all"}
+    assert last["steps"] == 2 and evals("out")[-1]["tags"].keys() == {"all"} and len(read) == 1
+
+
+def test_a_strip_of_many_sheets_keeps_the_first_and_the_last(tmp_path):
+    for n in (1, 2, 60, 150):
+        for i in range(n):
+            Image.new("RGB", (9, data.HEADER + 3), (i, 0, 0)).save(tmp_path / f"{i * 10:06d}.png")
+        data.strip(tmp_path)
+        with Image.open(tmp_path / "strip.png") as page:
+            assert page.height == data.HEADER + 3 * min(n, 60)
+            seen = [page.getpixel((4, data.HEADER + 3 * i + 1))[0] for i in range(min(n, 60))]
+        assert seen[0] == 0 and seen[-1] == n - 1 and {b - a for a, b in zip(seen, seen[1:])} <= {1, 2, 3}
 
 
 # =============================================================================================================== lift
