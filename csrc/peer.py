@@ -105,6 +105,7 @@ def patch(released):
             r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
         return models.trainable(net)
     models.load, models.add_lora, models.save_lora = peers, add_lora, lambda *_: None
+    torch.backends.cuda.enable_cudnn_sdp = lambda on: None               # attention by whatever PyTorch takes itself
 
 
 def end_with(parent):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import models
 from csrc import bench
 
@@ -70,6 +71,16 @@ def test_full_size_forward_is_that_of_diffusers(name):
         exact = pipe.net.float()(*wide)
     error, reference = (ours - exact).abs().mean(), (other - exact).abs().mean()
     assert exact.std() > 0 and error <= 2 * reference and reference < 0.1 * exact.std(), (error, reference, exact.std())
+
+
+@pytest.mark.parametrize("tokens", (77, 1229, 4096))
+def test_attention_rounds_alike_with_and_without_gradients(tokens):
+    """A rollout's log-probs are compared with an update's: another kernel for one of them would be another policy."""
+    data.join()
+    q, k, v = torch.randn((3, 4, 24, tokens, 64), device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = models.attend(q, k, v)
+    assert torch.equal(models.attend(q.requires_grad_(), k, v).detach(), plain)
 
 
 @pytest.mark.parametrize("line", ("dgpo.py", "grpo.py", "slas.py", "proxt2i.py rl"))
