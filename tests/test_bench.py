@@ -4,6 +4,7 @@ And csrc/bench.py: rewards are timed, and the runs of models end with it.
 """
 import argparse
 import csv
+import fcntl
 import importlib.util
 import json
 import os
@@ -451,16 +452,20 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
 def test_a_run_ends_with_the_benchmark_that_started_it(tmp_path):
     """kill -9 of it, too: a script that goes on would keep a GPU busy."""
     (tmp_path / "sleeper.py").write_text(
-        "import os, pathlib, time\n\n\ndef main(flags):\n    pathlib.Path('new').write_text(str(os.getpid()))\n"
-        "    os.replace('new', 'pid')\n    time.sleep(60)\n")
+        "import fcntl, os, time\n\n\ndef main(flags):\n    lock = open('lock', 'w')\n"
+        "    fcntl.lockf(lock, fcntl.LOCK_EX)\n    os.mkdir('locked')\n    time.sleep(60)\n")
     line = [sys.executable, str(pathlib.Path(speed.__file__).with_name("peer.py")), "ours", "sleeper"]
     parent = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.run({line})"], cwd=tmp_path,
                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    wait_for((tmp_path / "pid").exists)
-    state = ["ps", "-o", "stat=", "-p", (tmp_path / "pid").read_text()]
+    wait_for((tmp_path / "locked").exists)
 
-    def runs():                                                        # neither gone nor a zombie, dead but listed
-        return subprocess.run(state, capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z")
+    def runs():                                                        # a lock goes with its process, even a zombie's
+        with open(tmp_path / "lock", "w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
     assert runs()
     parent.kill()
     parent.wait()
