@@ -762,8 +762,9 @@ def main(argv=None):
         typed = {word.split("=")[0] for word in argv}
         if "--stage" in typed:
             raise ValueError(f"--stage is the command's first word: python proxt2i.py {', '.join(STAGES)}")
-        if "--sample-steps" in typed and stage in ("sample", "compare"):
-            raise ValueError("--sample-steps is RL's: sample takes --eval-steps, compare --compare-steps")
+        foreign = {"sample": {"--sample-steps"}, "compare": {"--sample-steps", "--eval-steps"}}.get(stage, set())
+        if odd := typed & foreign:
+            raise ValueError(f"{min(odd)} is not for {stage}: sample takes --eval-steps, compare --compare-steps")
         if stage == "compare" and (odd := typed & {"--sampler", "--method"}):
             raise ValueError(f"{min(odd)} has no use in compare, which takes every sampler of its models")
         cfg = data.cli(Config, presets(stage), argv + ["--stage", stage] * bool(stage))

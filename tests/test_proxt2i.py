@@ -380,7 +380,8 @@ def run(argv, capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-SMALL = ["--eval-images", 2, "--val-images", 2, "--cfg-also", 0, "--eval-steps", 2, "--eval-every", 0]
+FEW = ["--eval-images", 2, "--val-images", 2, "--cfg-also", 0, "--eval-every", 0]     # compare has steps of its own
+SMALL = [*FEW, "--eval-steps", 2]
 
 
 @pytest.mark.parametrize("method", ("prox", "score"))
@@ -502,7 +503,7 @@ def test_compare_writes_a_table(fresh, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     proxt2i.main([str(word) for word in (
         "compare", "--model", fresh / "prox", "--compare-with", f"{fresh / 'score'},{fresh / 'prox'}",
-        "--compare-steps", "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
+        "--compare-steps", "2,4", "--compare-cfg", "1,3", "--compare-rewards", "shapes-soft", "--out", "out", *FEW)])
     assert "--compare-steps 2: the proximal model was trained for 4,5,6,7,8,9,10,25 steps" in capsys.readouterr().out
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     names = ["hybrid", "hybrid at guidance 1", "hybrid at guidance 3", "sde", "sde-mean", "ode", "dpm",
@@ -521,7 +522,7 @@ def test_compare_tells_a_models_weights_from_another_of_its_name(fresh, tmp_path
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     proxt2i.main([str(word) for word in (
         "compare", "--model", "tiny-prox", "--weights", fresh / "prox", "--compare-with", "tiny-prox,tiny-prox",
-        "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *SMALL)])
+        "--compare-steps", "4", "--compare-rewards", "shapes-soft", "--out", "out", *FEW)])
     lines = [line.split(",") for line in Path("out/compare.csv").read_text().splitlines()]
     assert [line[0] for line in lines[4:]] == ["shapes-soft", "hybrid", "hybrid tiny-prox", "hybrid tiny-prox 3"]
     assert float(lines[5][1]) < .1 < float(lines[6][1]) == float(lines[7][1])              # untrained, and trained
@@ -593,6 +594,7 @@ def test_sheets_on_the_way_become_a_strip(tmp_path, capsys, monkeypatch):
     (["compare", "--compile"], "--compile is for training"),
     (["sample", "--lora-rank", 2], "--lora-rank is for training"),
     (["sample", "--sample-steps", 4], "--eval-steps"), (["compare", "--sample-steps=4"], "--compare-steps"),
+    (["compare", "--eval-steps", 4], "--eval-steps is not for compare"),
     (["compare", "--sampler", "sde"], "--sampler has no use in compare"),
     (["compare", "--compare-cfg", "1,x"], "--compare-cfg '1,x'"),
     (["rl", "--scheme", "halfway"], "--scheme 'halfway' is unknown: hybrid, pda"),
@@ -604,7 +606,7 @@ def test_bad_input(line, words, fresh, tmp_path, capsys, monkeypatch):
     if "--model" not in line:
         line += ["--model", str(fresh / "prox")] if line[0] in proxt2i.STAGES else []
     with pytest.raises(SystemExit) as end:
-        proxt2i.main([*line, "--out", "out", *map(str, SMALL)])
+        proxt2i.main([*line, "--out", "out", *map(str, FEW if line[0] == "compare" else SMALL)])
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and err.startswith("error: ") and words in err, err
     assert not Path("out").exists()
