@@ -396,6 +396,26 @@ def test_auto_gamma_resumes_with_the_same_bits_and_follows_the_budget(flags):
     assert rows[1]["trust"]["gamma"] == 0
 
 
+def test_auto_gamma_takes_the_largest_that_eq_7_allows(flags, monkeypatch):
+    """A budget that allows some gamma between none and the most, from the eta, lambda_max and G2 that are logged."""
+    honest, seen = slas.max_gamma, []
+
+    def max_gamma(limit, dr):
+        seen.append((limit, dr, honest(limit, dr)))
+        return seen[-1][-1]
+    monkeypatch.setattr(slas, "max_gamma", max_gamma)
+    settings = dict(gamma="auto", groups=4, fisher_every=2, dtype="float64", eval_images=2)
+    _, [row], _ = run(slas, flags(out="first", steps=1, **settings))
+    trust = row["trust"]
+    scale = trust["eta"] ** 2 / 2 * trust["lambda_max"] * trust["g2"]
+    assert trust["bound"] == pytest.approx(scale * row["advantage"]["square"], rel=1e-5) and not seen
+    _, rows, _ = run(slas, flags(out="second", steps=2, kl_budget=1.5 * scale, **settings))
+    (limit, dr, gamma), = seen
+    assert limit == pytest.approx(1.5, rel=1e-5) and dr.std(correction=0).item() == pytest.approx(1, abs=.01)
+    assert dr.abs().pow(2 * (1 + gamma)).mean().item() == pytest.approx(1.5, rel=1e-4) and 0 < gamma < 4
+    assert [row["trust"]["gamma"] for row in rows] == [0, pytest.approx(gamma, rel=1e-5)]
+
+
 def test_two_processes_choose_one_gamma(flags):
     settings = dict(gamma="auto", kl_budget=1e6, groups=4, dtype="float64", fisher_every=1, eval_images=2)
     two = process(ROOT / "slas.py", flags(out="two", **settings), torchrun=True)
