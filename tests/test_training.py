@@ -1,5 +1,6 @@
 """dgpo.py and grpo.py train SD3.5, FLUX and Stable Diffusion 1, very small and random: processes, shards, memory."""
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -436,6 +437,19 @@ def test_the_slope_gives_a_group_s_gradient_in_parts():
     torch.testing.assert_close(whole, beta / (P * G) * slope * adv, rtol=1e-12, atol=1e-15)
     parts, = torch.autograd.grad((slope * adv * dsm).mean(), dsm)
     torch.testing.assert_close(parts, whole / beta, rtol=1e-12, atol=1e-15)
+
+
+@FAMILIES
+def test_dgpos_sde_with_hardly_any_noise_is_its_ode(family, tmp_path):
+    """Step by step to the image itself, by flow times and by DDPM steps, with guidance."""
+    pipelines.save(family, tmp_path / "weights")
+    pipe = models.load("", str(tmp_path / "weights"), text_length=8)
+    cfg = dgpo.Config(sample_steps=5, group_size=2, solver="ddim" if family == "sd14" else "euler", cfg_rollout=2.0,
+                      resolution=32)
+    ctx, null = pipe.encode_text(["a ring"] * 2), pipe.encode_text([""])
+    want = dgpo.rollout(pipe, ctx, null, cfg, 0, range(1))
+    got = dgpo.rollout(pipe, ctx, null, dataclasses.replace(cfg, sde=True, noise_level=1e-6), 0, range(1))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.std().item())
 
 
 @pytest.mark.parametrize("t_min", (0.0, .5, .8))
