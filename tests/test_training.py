@@ -452,6 +452,20 @@ def test_dgpos_sde_with_hardly_any_noise_is_its_ode(family, tmp_path):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.std().item())
 
 
+@FAMILIES
+def test_a_grid_is_the_samplers_times_from_t_min_on(family, flags, tmp_path, monkeypatch):
+    """Flow times, and DDPM steps, of which t_min is a share; the end of the last step is no time to train."""
+    monkeypatch.chdir(tmp_path)
+    honest, seen = dgpo.draw_time, []
+    monkeypatch.setattr(dgpo, "draw_time", lambda cfg, times, *rest: seen.append(times) or honest(cfg, times, *rest))
+    line = flags(family, grid=True, sample_steps=8, t_min=.5, steps=1)
+    dgpo.main(line)
+    pipe = models.load("", line[line.index("--weights") + 1], text_length=8)
+    whole = 1000 if family == "sd14" else 1
+    want = [t for t in pipe.times(8, resolution=32)[:-1] if t / whole >= .5]
+    assert 2 <= len(want) <= 7 and seen and all(times == want for times in seen)
+
+
 @pytest.mark.parametrize("t_min", (0.0, .5, .8))
 def test_draws_of_a_ddpm_step(t_min, monkeypatch):
     """Whole steps, as often in each tenth of [1000 t_min, 999], and close to both ends."""
