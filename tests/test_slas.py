@@ -416,6 +416,15 @@ def test_auto_gamma_takes_the_largest_that_eq_7_allows(flags, monkeypatch):
     assert [row["trust"]["gamma"] for row in rows] == [0, pytest.approx(gamma, rel=1e-5)]
 
 
+def test_eq_7_looks_at_images_of_every_group(flags, monkeypatch):
+    honest, seen = models.fisher, []
+    monkeypatch.setattr(models, "fisher", lambda policy, steps, images, *rest: seen.append(images) or honest(
+        policy, steps, images, *rest))
+    run(slas, flags(groups=4, fisher_every=1, fisher_images=4, steps=1))
+    run(slas, flags(out="one", groups=4, fisher_every=1, fisher_images=1, steps=1))
+    assert seen == [[0, 4, 8, 12], [0]]
+
+
 def test_two_processes_choose_one_gamma(flags):
     settings = dict(gamma="auto", kl_budget=1e6, groups=4, dtype="float64", fisher_every=1, eval_images=2)
     two = process(ROOT / "slas.py", flags(out="two", **settings), torchrun=True)
