@@ -5,6 +5,7 @@
     python csrc/bench.py --quick        # one dtype, for a look; --device cuda: the GPU alone
     python csrc/bench.py model          # a rollout and its update, full-size models with random weights, on a GPU, also
                                         # by diffusers and peft; --quick: the first; model sd35m: this one alone
+    python csrc/bench.py graphs         # one pass over full-size networks, as it is and as a CUDA graph
     python csrc/bench.py rewards        # every reward: small random networks on the CPU, full-size ones on a GPU
 
 A time is the median over calls, the implementations in turn, on buffers in turn, so that few calls find their data in a
@@ -234,6 +235,81 @@ def measured(script, name, gigabytes, how, extra=()):
                     seconds=sum(value for key, value in taken.items() if key != "step"))
 
 
+# model, images and pixels of one pass of a rollout: whether CUDA graphs are worth their code. The first two: --quick
+GRAPHS = [("tiny", 192, 28), ("sd35m", 24, 512), ("sd35m", 1, 512), ("sd14", 24, 512), ("uvit", 24, 512),
+          ("flux", 12, 512)]
+
+
+def network(name, images, pixels, device):
+    """A model's network in bf16, random weights unless it ships with the code, and one pass's arguments."""
+    import models
+    pipe = models.load(name, init=None if name in models.SHIPPED else "random", dtype=torch.bfloat16, device=device)
+    x = torch.randn(images, *pipe.latent_shape(pixels), device=device, dtype=torch.bfloat16)
+    t = torch.full((images,), 500.0 if pipe.ddpm else 0.5, device=device)
+    lam = [torch.full_like(t, 0.1)] if pipe.net.config.get("lam") else [None] if pipe.family == "uvit" else []
+    return pipe.net, [x, t, *lam, *pipe.encode_text(["a photo of a bench"] * images)]
+
+
+def captured(net, args):
+    """net as a CUDA graph, captured once: a function of new x and t, whose result the next call overwrites."""
+    args, side = [arg if arg is None else arg.clone() for arg in args], torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):                                               # what libraries set up at their first calls
+            net(*args)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = net(*args)
+
+    def replay(x, t):
+        args[0].copy_(x)
+        args[1].copy_(t)
+        graph.replay()
+        return out
+    return replay
+
+
+@torch.no_grad()
+def captured_time(net, args):
+    """A pass's wall time in ms, launched op by op and as a CUDA graph, and the memory that the graph keeps, in GB."""
+    for _ in range(3):
+        net(*args)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    replay, times = captured(net, args), ([], [])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()                                             # all but the graph's own memory
+    kept = (torch.cuda.memory_reserved() - before) / 2 ** 30
+    for _ in range(7):
+        for f, seen in zip((lambda: net(*args), lambda: replay(*args[:2])), times):
+            f()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(10):
+                f()
+            torch.cuda.synchronize()
+            seen.append(100 * (time.perf_counter() - start))             # ms a pass
+    return *map(statistics.median, times), kept
+
+
+def graphs(runs=GRAPHS):
+    """Print what a CUDA graph saves of a pass over each network, as a rollout makes several in a row."""
+    import data
+    *_, device = data.join("cuda")                                       # attention as in the scripts
+    print(f"{torch.cuda.get_device_name()}\n{'model':<8}{'images':>7}{'px':>5}{'eager ms':>10}{'graph ms':>10}"
+          f"{'speedup':>9}{'graph GB':>10}", flush=True)
+    for name, images, pixels in runs:
+        print(f"{name:<8}{images:>7}{pixels:>5}", end="", flush=True)
+        try:
+            eager, graph, kept = captured_time(*network(name, images, pixels, device))
+            print(f"{eager:>10.2f}{graph:>10.2f}{eager / graph:>8.2f}x{kept:>10.1f}", flush=True)
+        except torch.OutOfMemoryError:
+            print("  more than this GPU's memory", flush=True)
+        torch.cuda.empty_cache()
+
+
 # The tests' small networks, by the names of rewards.py's classes' options.
 SMALL_CLIP = dict(
     projection_dim=24, text_config=dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2,
@@ -363,16 +439,17 @@ def call_time(f, device, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["ops", "model", "rewards"], default="ops")
-    parser.add_argument("only", nargs="*", help="of model: sd35m, flux, sd14, uvit; of ops and rewards: their names; "
-                        "all of them if none is named")
+    parser.add_argument("what", nargs="?", choices=["ops", "model", "graphs", "rewards"], default="ops")
+    parser.add_argument("only", nargs="*", help="of model and graphs: sd35m, flux, sd14, uvit; of ops and rewards: "
+                        "their names; all of them if none is named")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of ops and rewards: this one alone")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the twins as well")
     parser.add_argument("--quick", action="store_true", help="ops: float32 only; rewards: three calls; "
-                        "model: the first run of the list and one peer")
+                        "model: the first run of the list and one peer; graphs: the first two")
     args = parser.parse_args()
     if args.what != "rewards":
-        check_names(args.only, ops.NAMES if args.what == "ops" else sorted({run[1] for run in MODEL_RUNS}))
+        known = {"model": {run[1] for run in MODEL_RUNS}, "graphs": {run[0] for run in GRAPHS}}
+        check_names(args.only, sorted(known[args.what]) if args.what in known else ops.NAMES)
     devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     if "cuda" in devices and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch finds no NVIDIA GPU that it can use")
@@ -384,6 +461,11 @@ def main():
         runs = [run for run in MODEL_RUNS if run[2] <= gigabytes and (not args.only or run[1] in args.only)]
         runs = [(*run[:3], run[3][:1]) for run in runs[:1]] if args.quick else runs
         sys.exit(any(row.get("error") for row in model(runs)))
+    if args.what == "graphs":
+        if "cuda" not in devices:
+            sys.exit("csrc/bench.py graphs wants an NVIDIA GPU: CUDA graphs are its own")
+        graphs([run for run in (GRAPHS[:2] if args.quick else GRAPHS) if not args.only or run[0] in args.only])
+        return
     if args.what == "rewards":
         for device in devices:
             score(device, device == "cpu", 32 if device == "cuda" else 4, 0 if args.quick else 3, args.only)

@@ -69,11 +69,13 @@ if [ "$1" = all ]; then
     step models "full-size models" 3600 "${bench[@]}" model
     step tests "tests of full-size models" 900 "${pytest[@]}" -s tests/test_gpu.py
     step rewards "rewards, full size" 600 "${bench[@]}" rewards --device cuda
+    step models "passes as CUDA graphs" 600 "${bench[@]}" graphs
 else
     step ops "fused ops against eager" 60 "${bench[@]}" --quick --device cuda
     step models "full-size models" 140 "${bench[@]}" model --quick
     step tests "tests of full-size models" 240 "${pytest[@]}" -s tests/test_gpu.py -k "not dgpo-flux"
     step rewards "rewards, full size" 60 "${bench[@]}" rewards --quick --device cuda
+    step models "passes as CUDA graphs" 45 "${bench[@]}" graphs --quick
 fi
 printf '\n%-26s %-14s %s\n' step result time
 printf '%s\n' "${steps[@]}"

@@ -393,6 +393,27 @@ def test_a_u_vit_of_the_other_scheme(tmp_path, capsys, reward_file):
     assert torch.equal(painted(tmp_path / "a")[0], painted(tmp_path / "b")[0])
 
 
+@pytest.mark.parametrize("name", ("tiny", "tiny-prox"))
+@torch.no_grad()
+def test_a_pass_to_be_captured(name):
+    """It depends on what a graph is given anew, x and t."""
+    net, (x, t, *rest) = speed.network(name, 3, 28, "cpu")
+    out = net(x, t, *rest)
+    assert out.shape == x.shape == (3, 3, 28, 28) and out.dtype == torch.bfloat16 and out.isfinite().all()
+    assert not torch.equal(net(x / 2, t, *rest), out) and not torch.equal(net(x, t / 2, *rest), out)
+
+
+@pytest.mark.parametrize("what", ("model", "graphs"))
+def test_what_only_a_gpu_can_tell(what, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", what])
+    with pytest.raises(SystemExit, match=f"csrc/bench.py {what} wants an NVIDIA GPU"):
+        speed.main()
+    monkeypatch.setattr(sys, "argv", ["bench.py", what, "sd53m"])
+    with pytest.raises(SystemExit, match="sd53m: not one of flux, sd14, sd35m, "):
+        speed.main()
+
+
 def test_rewards_are_timed():
     """Of random small networks, and of the verifier; a reward whose files are missing is said and has no time.
 

@@ -83,6 +83,18 @@ def test_attention_rounds_alike_with_and_without_gradients(tokens):
     assert torch.equal(models.attend(q.requires_grad_(), k, v).detach(), plain)
 
 
+@pytest.mark.parametrize("name", ("tiny", "tiny-prox"))
+@torch.no_grad()
+def test_a_captured_pass_is_the_networks_own(name):
+    """Of new inputs, not of those that it was captured with."""
+    net, (x, t, *rest) = bench.network(name, 4, 28, data.join("cuda")[2])
+    replay, other = bench.captured(net, [x, t, *rest]), torch.randn_like(x)
+    for image, time in ((x, t), (other, t / 2)):
+        torch.testing.assert_close(replay(image, time), net(image, time, *rest), rtol=.05, atol=.05)
+    assert (replay(other, t) - replay(x, t)).abs().max() == 0           # one buffer: the next call overwrites it
+    assert (replay(other, t).clone() - replay(x, t)).abs().mean() > .1
+
+
 @pytest.mark.parametrize("line", ("dgpo.py", "grpo.py", "slas.py", "proxt2i.py rl"))
 def test_the_tiny_model_trains(line, tmp_path):
     """Every script on its own, two steps of its quick start: exit code 0, and its last line says where the run is."""
