@@ -1,5 +1,6 @@
 """proxt2i.py: samplers and losses against closed forms, its chain against torch.distributions, its stages."""
 import contextlib
+import csv
 import json
 import math
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_samplers_converge(name):
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
     if name == "dpm":
         assert errors[1] < errors[0] / 2.5
+
+
+@pytest.mark.parametrize("steps", (4, 10, 25))
+def test_dpm_step_is_diffusers(steps):
+    from diffusers import DPMSolverMultistepScheduler
+    theirs = DPMSolverMultistepScheduler(solver_order=2, solver_type="midpoint", prediction_type="sample",
+                                         algorithm_type="dpmsolver++", final_sigmas_type="zero")
+    theirs.set_timesteps(steps)
+    ts = [k / steps for k in range(steps, -1, -1)]
+    theirs.sigmas = torch.tensor([(1 / proxt2i.alpha_bar(t) - 1) ** .5 for t in ts], dtype=torch.float64)
+    x = y = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    last = t_last = None
+    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+        clean = torch.randn(x.shape, dtype=torch.float64)
+        y = theirs.step(clean, theirs.timesteps[i], y).prev_sample
+        x, last, t_last = proxt2i.dpm_step(clean, last, x, t_last, t, t_next), clean, t
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 def test_many_samples_follow_the_recursion():
@@ -334,6 +352,29 @@ def test_kernel_is_the_sampler(method, how):
     torch.testing.assert_close(state, want)
 
 
+@pytest.mark.parametrize("method, scale", (("prox", 1.0), ("prox", 3.0), ("score", 3.0)))
+def test_rollout_is_the_samplers_chain(method, scale, fresh):
+    """Its states: the sampler's start, steps and image, from the groups' own noise; its log-probs: those of torch."""
+    pipe, names = models.load(fresh / method, dtype=torch.float64), ("start", "first", "step 3", "step 2", "step 1")
+    cfg = proxt2i.Config(method=method, sample_steps=3, group_size=2, micro_batch=3, cfg_rollout=scale, dtype="float64")
+    ctx, null = pipe.encode_text(["a red ring"] * 2 + ["a blue star"] * 2), pipe.encode_text([""])
+    states, logp = proxt2i.rollout(pipe, ctx, null, cfg, 7, [4, 9])
+    start, first, *steps = (torch.cat([data.noise((2, 3, 28, 28), 0, 7, g, name) for g in (4, 9)]).double()
+                            for name in names)
+    draws = dict(zip((3, 2, 1), [first, *steps] if method == "prox" else steps))       # hybrid's are a step earlier
+    answer = proxt2i.answer_of(method, pipe.net, ctx, null, scale)
+    sampler = {"prox": "hybrid", "score": "sde-mean"}[method]
+    with torch.no_grad():
+        want = proxt2i.run_chain(sampler, answer, start, 3, draws.__getitem__, cfg.score_gamma)
+        torch.testing.assert_close(states[-1], want)
+        assert sorted(logp) == [2, 3] and len(states) == 4
+        for k in logp:
+            mean, std = proxt2i.kernel(method, answer, states[3 - k], k, 3, cfg.score_gamma)
+            torch.testing.assert_close(states[4 - k], mean + std * dict(zip((3, 2, 1), steps))[k])
+            likely = torch.distributions.Normal(mean, std).log_prob(states[4 - k]).flatten(1).mean(1)
+            torch.testing.assert_close(logp[k], likely)
+
+
 @pytest.mark.parametrize("n", (4, 10))
 @pytest.mark.parametrize("method", ("prox", "score"))
 def test_what_holds_the_last_landing(method, n):
@@ -399,6 +440,26 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     assert rows[0]["hold"] < 1e-12                                     # nothing had moved yet
     again = models.load("out/model").net
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
+
+
+def test_other_log_probs_than_the_rollouts_are_refused(fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """Before the first update: beyond a tenth of the clip range the same weights have to give the same."""
+    monkeypatch.chdir(tmp_path)
+    honest, more = proxt2i.ops.linear_step, []
+
+    def other(*args, x_next=None, **named):
+        x, logp = honest(*args, x_next=x_next, **named)
+        return x, logp if x_next is None or logp is None else logp + more[0]
+    monkeypatch.setattr(proxt2i.ops, "linear_step", other)
+    line = ["rl", "--model", fresh / "prox", "--steps", 1, "--groups", 1, "--group-size", 2, "--updates", 1,
+            "--sample-steps", 3, "--clip-range", .1, "--reward", f"{reward_file}:red", "--eval-reward",
+            f"{reward_file}:red", "--dtype", "float64", "--hold", 0, *SMALL]
+    more[:] = [.009]
+    run([*line, "--out", "near"], capsys)
+    more[:] = [-.011]
+    with pytest.raises(SystemExit) as end:
+        run([*line, "--out", "far"], capsys)
+    assert end.value.code == 2 and "|ratio - 1| = 1.1e-02, over a tenth of --clip-range 0.1" in capsys.readouterr().err
 
 
 def test_overlap_changes_no_number(fresh, tmp_path, capsys, monkeypatch, reward_file):
@@ -471,6 +532,85 @@ def saved_as(out):
     """The dtypes of a run's network on disk, as safetensors calls them."""
     with safe_open(f"{out}/model/transformer/diffusion_pytorch_model.safetensors", "pt") as f:
         return {f.get_slice(name).get_dtype() for name in f.keys()}
+
+
+@pytest.mark.parametrize("method, predict, first", (
+    ("prox", "noise", 0), ("prox", "v", 298), ("score", "noise", 0), ("score", "v", 0)))
+def test_what_training_asks_of_the_network_and_how_it_follows(method, predict, first, tmp_path, monkeypatch):
+    """Inputs and targets against closed forms; then clipping, rate, AdamW and average by hand, from its gradients."""
+    seen, begin = {}, data.Run.begin
+
+    def watch(owner, name, after=lambda args, out: out, before=lambda args: None):
+        honest = getattr(owner, name)
+
+        def call(*args, **named):
+            old = before(args)
+            out = honest(*args, **named)
+            seen.setdefault(name, []).append(after(args, out) if old is None else old)
+            return out
+        monkeypatch.setattr(owner, name, call)
+    watch(data, "encoded", lambda args, out: out[0])
+    watch(data, "noises")
+    watch(proxt2i, "guided", lambda args, out: (args[1], args[2], args[3]))
+    watch(proxt2i, "matching_loss", lambda args, out: (*args[2:], out.detach()))
+    watch(data.Run, "update", before=lambda args: [p.grad.clone() for p in args[2]])
+    monkeypatch.setattr(data, "finish", lambda run, start: seen.update(start=start, params=run.params, ema=run.ema))
+    monkeypatch.setattr(data.Run, "begin", lambda self, *args, **named: (
+        begin(self, *args, **named), self.count.update(step=first)))
+    monkeypatch.chdir(tmp_path)
+    length = 3 / (first + 4)                                           # it falls in the last three steps of the four
+    line = ["train", "--method", method, "--model", f"tiny-{method}", "--predict", predict, "--steps", first + 4,
+            "--batch", 5, "--micro-batch", 3, "--lr", .03, "--cooldown", length, "--ema", .6, "--weight-decay", .1,
+            "--max-grad-norm", .02, "--optimizer", "adamw", "--dtype", "float64", "--out", "out", *SMALL]
+    proxt2i.main([*map(str, line)])
+    hand = [p.clone().requires_grad_() for p in seen["start"]]
+    opt, mean = torch.optim.AdamW(hand, weight_decay=.1), [p.clone() for p in seen["start"]]
+    for step, x_0, grads in zip(range(4), seen["encoded"], seen["update"], strict=True):
+        noise, eps = seen["noises"][2 * step:2 * step + 2]
+        scaled, t, lam = (None if parts[0] is None else torch.cat(parts)
+                          for parts in zip(*seen["guided"][2 * step:2 * step + 2]))
+        asked = seen["matching_loss"][2 * step:2 * step + 2]
+        target, width = (torch.cat([one[i] for one in asked]) for i in (1, 2))
+        a = proxt2i.alpha_bar(t)[:, None, None, None]
+        x = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+        class Net(torch.nn.Module):
+            config = {"predict": predict}
+
+            def forward(self, x, t, lam, target):
+                return target
+        net = Net()
+        net.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        for i in range(5):                                             # a network that answers what is asked for
+            one = x[i:i + 1]
+            if method == "score":
+                answer = proxt2i.answer_of(method, net, [target[i:i + 1]], [], 1.0)(one, t[i].item())
+                torch.testing.assert_close(scaled[i:i + 1], one)
+                torch.testing.assert_close(answer, (a[i].sqrt() * x_0[i:i + 1] - one) / (1 - a[i]))
+                continue
+            strength = lam[i].item()
+            y = one + math.sqrt(strength) * eps[i:i + 1]
+            torch.testing.assert_close(scaled[i:i + 1], y / math.sqrt(1 + strength))
+            answer, other = (proxt2i.answer_of(method, net, [target[i:i + 1] + more], [], 1.0)(y, t[i].item(), strength)
+                             for more in (0, 1))
+            if predict == "v":                                         # E[X_t | y, x_0]
+                one = ((1 - a[i]) * y + strength * a[i].sqrt() * x_0[i:i + 1]) / (1 - a[i] + strength)
+            torch.testing.assert_close(answer, one)
+            torch.testing.assert_close((other - answer).abs(), width[i].expand_as(answer))
+        assert [len(one[0]) for one in asked] == [3, 2]
+        row = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[step])
+        assert row["loss"] == pytest.approx((3 * asked[0][-1] + 2 * asked[1][-1]).item() / 5, rel=1e-6)
+        for p, g in zip(hand, grads):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(hand, .02).item()
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-6) and norm > .02
+        opt.param_groups[0]["lr"] = .03 * ((1, 1, 1, 2 / 3)[step] if first else (step + 1) / 200)
+        opt.step()
+        for m, p in zip(mean, hand):
+            m += max(.4, 1 / (first + step + 1)) * (p.detach() - m)
+    for p, q, m, e in zip(hand, seen["params"], mean, seen["ema"], strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(m, e)
 
 
 @pytest.mark.parametrize("method", ("prox", "score"))
@@ -554,6 +694,7 @@ def test_quick_start(fresh, tmp_path, capsys, monkeypatch, reward_file):
     assert Path("out-compare/compare.csv").exists() and not Path("out").exists()
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["out"] == "out-compare" and last["eval_after"] is None
+    assert next(csv.reader(Path("out-compare/compare.csv").open()))[1:] == ["4"]          # as asked, not 4 and 10
     proxt2i.main(list(map(str, line)))
     assert seen == [False, True]
     for length in (["--steps", "1"], ["--minutes=1"]):                 # who says how long wants the RL alone
