@@ -6,14 +6,16 @@ Paper: Luo et al., arXiv:2510.08425. (n) is this file's number, [n] the paper's.
 
     (1) [12]      A_i = (r_i - mean_g r) / std_g r                                                  group_advantage
     (2) [13, 14]  G+ = {A > 0}, G- = {A <= 0}, w = |A|: sum_G+ w (.) - sum_G- w (.) = sum_i A_i (.)     dgpo_loss
-    (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps                             dsm_loss
+    (3) [22]      l_i = lambda_t |x_0hat - x_0|^2,  x_t = (1 - t) x_0 + t eps,  x_0hat = x_t - t v            dsm_loss
     (4) [17]      L = -log sigmoid(-beta/G sum_i A_i (l_i - l_ref,i))                                    dgpo_loss
     (5) Alg. 1    t ~ U[t_min, 1], one t and one eps a group; theta- samples, theta_ref anchors              train
     (6)           + kl_beta |v - v_ref|^2 + hold |v - v_start|^2, this one at t < min(hold_below, t_min)  learn, hold
 
+l is denoising score matching's loss, `dsm` in the code; v the network's answer; theta the weights in training, theta-
+those that sample, theta_ref the reference's.
 Why (4): DPO gives an image the reward beta ln(p/p_ref) + beta ln Z, the first term about -beta (l - l_ref); (4) says
 that G+ beats G- (Bradley-Terry), the rewards summed with weights w. As sum_i A_i = 0 in a group, its unknown Z drops
-out, but for groups of which --adv-clip cuts an A: by the group's std it cuts none of 26 images or less.
+out; not where --adv-clip cuts an A, which by the group's std can happen only in groups of more than 26 images.
 Departs from the paper: l is a mean over the latent's D dimensions; beta is the paper's times T, G and D, as in the
 released code; the loss is divided by beta. (6)'s KL, the clip of l, the cut of advantages, times from the sampler's
 grid and a moving reference are the released code's; hold is ours: README, "What keeps DGPO stable".
@@ -45,7 +47,7 @@ class Config:
     preset: str = ""                    # tiny, paper (Alg. 1, else as released), official (the released GenEval run)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
-    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
+    eval_reward: str = ""               # what is reported; empty: shapes-strict, or --reward; public presets: their own
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16
@@ -185,8 +187,8 @@ def dsm_loss(v, x_0, eps, t, weight="v", ddpm=False):
     v, x_0, eps: (B, C, H, W) float32; t: (B,) in (0, 1]. Since x_0hat - x_0 = t (v* - v) with v* = eps - x_0, weight
     "v", lambda_t = 1/t^2, is the velocity error. "x0": lambda_t = 1. "elbo": lambda_t = (1 - t)/t^3, minus half the
     slope of the signal-to-noise ratio (1 - t)^2/t^2: [22] with DDPM's eta, times T (which beta then lacks), as T grows.
-    Returns (B,).
-    ddpm: v is the predicted noise, t a DDPM step; weight "v" is then the noise's own error, as Diffusion-DPO's.
+    ddpm: v is the predicted noise, t a DDPM step; weight "v" is then the noise's own error, as Diffusion-DPO's; "elbo"
+    is not defined there, KeyError. Returns (B,).
     """
     if ddpm:
         error, a = (eps - v).square().flatten(1).mean(1), models.alpha_bar(t.device, t.dtype)[t.long()]
@@ -199,7 +201,8 @@ def dgpo_loss(dsm, dsm_ref, adv, group_size, beta):
     """Direct group preference loss, Eq. (4): z_g = beta/G sum_i A_i (l_i - l_ref,i), L = mean_g -log sigmoid(-z_g).
 
     dsm, dsm_ref: (B,) float32, the mean over dimensions, groups contiguous; adv: (B,), positive for G+, so that A_i is
-    w_i with its sign. Returns the loss (). Raises ValueError for shapes that do not fit. Source: DGPO, Eq. 17.
+    w_i with its sign. Its gradient, to dsm alone, grows with beta: `learn` trains on L / beta, which the weights of (6)
+    go with. Returns the loss (). Raises ValueError for shapes that do not fit. Source: DGPO, Eq. 17.
     """
     if not dsm.shape == dsm_ref.shape == adv.shape or group_size < 1 or len(dsm) % group_size:
         raise ValueError(f"dgpo_loss: {len(dsm)}, {len(dsm_ref)}, {len(adv)} values do not fill groups of {group_size}")
@@ -455,7 +458,7 @@ def learn(net, params, ref, kl_ref, clip_old, x_0, eps, t, ctx, null, adv, G, to
     v_kl, dsm_ref = v_ref if kl_ref is ref else frozen(kl_ref, cfg.cfg_ref), dsm_of(v_ref)
     dsm_old = dsm_of(frozen(clip_old, cfg.cfg_train)) if cfg.clip_range else None
     if len(pieces) > 1:                                                # z_g wants all l of its group before any part
-        dsm = dsm_of(frozen(None, cfg.cfg_train))
+        dsm = dsm_of(frozen(None, cfg.cfg_train))                      # None: params as they are
         slope, group_loss = dgpo_slope(dsm, dsm_ref, adv, G, cfg.beta), dgpo_loss(dsm, dsm_ref, adv, G, cfg.beta)
     for p in pieces:
         v = velocity(cfg.cfg_train, p)
@@ -523,6 +526,7 @@ def train(cfg):
         prompts, metas = run.groups(rows, step)                        # B strings, B dicts: whole groups
         ctx = pipe.encode_text(prompts)                                # text (B, L, width), pooled (B, width')
         source = cfg.rollout if run.count["updates"] >= cfg.rollout_after else "current"   # whose weights sample
+        # None stands for params as they are
         theta_minus = old = {"current": None, "ema": ema, "start": start}[source]
         if cfg.ref == "old" or (cfg.clip_range and cfg.clip_old == "rollout"):             # needed while params move
             old = [p.detach().clone() for p in theta_minus or params]

@@ -38,7 +38,7 @@ class Config:
     preset: str = ""                    # tiny, paper, official (released runs: Flow-GRPO's, DanceGRPO's)
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
-    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
+    eval_reward: str = ""               # what is reported; empty: shapes-strict, or --reward; public presets: their own
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16

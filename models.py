@@ -1974,9 +1974,9 @@ def find(model, weights=None, init=None):
         exclude = "".join(f' --exclude "{pattern}"' for pattern in DUPLICATES[model])
         licence, login = ((f", once you accept the licence on https://huggingface.co/{SOURCES[model]},",
                            "hf auth login && ") if model in GATED else ("", ""))
-        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. They come{licence} "
-                                f"by: pip install 'huggingface_hub>=1' && {login}hf download {SOURCES[model]}{exclude} "
-                                f"--local-dir {directory}")
+        raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist. If they are elsewhere: "
+                                f"--weights DIR. They come{licence} by: pip install 'huggingface_hub>=1' && {login}"
+                                f"hf download {SOURCES[model]}{exclude} --local-dir {directory}")
     if model == "uvit":
         raise FileNotFoundError(f"no weights for --model {model}: {directory} does not exist, and none are public. "
                                 f"They come by: python proxt2i.py train --model {model} --preset paper --weights "

@@ -16,12 +16,12 @@ xi, the noise of a step, is `eps` in the code.
     (7) [9]    y' ~ N((1 + gamma'/2) f(y; t', gamma), gamma' I), gamma' the next step's                kernel, prox_logp
     (8) [A]    L = -mean_i min(q_i A_i, clip(q_i, 1-c, 1+c) A_i) + beta_KL KL, q_i: ratio   policy_loss, gaussian_kl
     (9)        v = (a y/sqrt(1+lam) - x_0) / s, a and s the input's signal and noise; instead of (3)   levels, answer_of
-    (10)       L_hold = |f(y; 0, lam) - f_ref|^2, y = x_0 + sqrt(lam) eps: it has no log-prob            hold_error
+    (10)       L_hold = |f(y; 0, lam) - f_ref|^2, y = x_0 + sqrt(lam) eps: the last landing              hold_error
 
 Eqs. (9) and (10) are ours. With eps as the target most of the loss is chance: y does not show which part of its noise
 is eps and which was in X_t before. v asks only for x_0 given y; E[eps | y, x_0] then follows in closed form. With a
 small zeta the network finds the mode x_0* of x_0 given y, and the step lands at E[X_t | y, x_0*]: the proximal operator
-at t = 0 and for Gaussian data, elsewhere another point. Without (10) the last landing drifts in RL, and paints noise.
+at t = 0 and for Gaussian data, elsewhere another point. The last landing has no log-prob; without (10) it drifts in RL.
 Slips in the paper's text, put right here: gamma below [2] and PDA's proximal operator lack a minus sign, the display
 before [6] halves gamma times the score, [A] sums down to k = 1, which has no density. Departs from it: gamma is beta's
 integral over a step, as in ProxDM's proximal samplers, and here in Euler's, too (--score-gamma start: [2]'s, beta at
@@ -58,12 +58,12 @@ class Config:
     model: str = "tiny-prox"            # tiny-prox, tiny-score, uvit, or a directory
     weights: str = ""                   # the model's directory, if not weights/<model>
     init: str = ""                      # random: random weights at full size, to measure without a download
-    stage: str = "rl"                   # compare, rl, train, finetune, sample: the first word of the command line
+    stage: str = "rl"                   # the first word, not a flag: compare, rl, train, finetune, sample
     method: str = "prox"                # prox, or score: no lambda; rollouts by Euler-Maruyama in rl
-    preset: str = ""                    # tiny, paper, or official, the same: no code is released
+    preset: str = ""                    # tiny or paper; official is paper, as no code is released
     reward: str = "shapes"              # a name, a weighted sum a:0.7,b:1.4, or file.py:function
     reward_mix: str = "reward"          # a sum of rewards, or of each one's advantages        [DanceGRPO, Alg. 1]
-    eval_reward: str = ""               # what is reported, before, during, after; empty: shapes-strict, or --reward
+    eval_reward: str = ""               # what is reported; empty: shapes-strict, or --reward; public presets: their own
     gold_reward: str = ""               # logged beside it, to see a proxy being hacked; empty: shapes-strict or none
     reward_device: str = ""             # where rewards are computed, such as cpu or cuda:1; empty: where the run is
     reward_dtype: str = "float32"       # of the matrix products in --reward's CLIPs and imagereward: float32, bfloat16
@@ -245,7 +245,7 @@ def prox_matching_loss(pred, target, zeta):
 
     pred, target: (B, ...) of d numbers each; zeta: a float > 0. Small zeta: only hits count, and the minimiser
     tends to the mode, the proximal operator; large zeta: the squared error, and the mean. Returns (B,). Raises
-    ValueError for unequal shapes or dtypes. Source: [8].
+    ValueError for unequal shapes or dtypes. Source: ProxT2I, Eq. 8.
     """
     ops.check_same("prox_matching_loss", pred=pred, target=target)
     if ops.compiled(pred):
@@ -268,7 +268,8 @@ def draw_pairs(u, candidates, scheme="hybrid"):
 def prox_logp(y_next, prox_y, gamma_next):
     """log N(y_next; (1 + gamma_next/2) prox_y, gamma_next I), Eq. (7), a mean over dimensions, in nats.
 
-    y_next, prox_y: (B, C, H, W) float32; gamma_next: the next step's, a float > 0. Returns (B,). Source: [9].
+    y_next, prox_y: (B, C, H, W) float32; gamma_next: the next step's, a float > 0. Returns (B,). Here to be
+    read: RL has the same from `kernel` and ops.linear_step, for score models, too. Source: ProxT2I, Eq. 9.
     """
     return gaussian_logp(y_next, (1 + gamma_next / 2) * prox_y, math.sqrt(gamma_next))
 
@@ -312,7 +313,8 @@ def policy_loss(logp, logp_old, adv, clip_range):
 def pda_hybrid_step(prox, x, t_next, gamma, eps):
     """One step of PDA-hybrid, Eq. (4): y = (1 + gamma/2) x + sqrt(gamma) eps, x_next = prox(y; t_next, gamma).
 
-    x, eps: (B, C, H, W) float32; gamma: beta's integral over the step, any size. Returns x_next, y. Source: [4, 6].
+    x, eps: (B, C, H, W) float32; gamma: beta's integral over the step, any size. Returns x_next, y.
+    Source: ProxT2I, Eqs. 4 and 6.
     """
     y = (1 + gamma / 2) * x + math.sqrt(gamma) * eps
     return prox(y, t_next, gamma), y
@@ -332,7 +334,8 @@ def pda_step(prox, x, t_next, gamma, eps):
 def sde_euler_step(score, x, t, gamma, eps):
     """Euler-Maruyama on the reverse SDE: x + gamma (x/2 + score(x, t)) + sqrt(gamma) eps; eps None: the mean.
 
-    x, eps: (B, C, H, W) float32; t, where the step begins, and gamma: floats. Returns x_next. Source: [2].
+    x, eps: (B, C, H, W) float32; t, where the step begins, and gamma: floats. Returns x_next.
+    Source: ProxT2I, Eq. 2.
     """
     mean = x + gamma * (x / 2 + score(x, t))
     return mean if eps is None else mean + math.sqrt(gamma) * eps
@@ -761,7 +764,9 @@ def main(argv=None):
     with data.exit_codes():
         typed = {word.split("=")[0] for word in argv}
         if "--stage" in typed:
-            raise ValueError(f"--stage is the command's first word: python proxt2i.py {', '.join(STAGES)}")
+            raise ValueError(f"--stage is the command's first word: python proxt2i.py {'|'.join(STAGES)} --model ...")
+        if stage and stage not in STAGES:
+            raise ValueError(f"{stage!r} is no stage: python proxt2i.py {'|'.join(STAGES)} --model ...")
         foreign = {"sample": {"--sample-steps"}, "compare": {"--sample-steps", "--eval-steps"}}.get(stage, set())
         if odd := typed & foreign:
             raise ValueError(f"{min(odd)} is not for {stage}: sample takes --eval-steps, compare --compare-steps")

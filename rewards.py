@@ -914,8 +914,8 @@ def weights_of(name, weights=None):
               if not any((directory / name).is_file() for name in file.split("|"))]
     if absent:
         tool = _HUB if command.startswith("hf") else ""
-        raise ValueError(f"no weights for the reward: {directory / absent[0]} is missing. They come by: {tool}"
-                         f"{command.replace('{}', str(directory))}")
+        raise ValueError(f"no weights for a reward's network, {name}: {directory / absent[0]} is missing. They come "
+                         f"by: {tool}{command.replace('{}', str(directory))}")
     return directory
 
 
@@ -1666,8 +1666,8 @@ def geneval_engine(weights=None, device="cpu", batch=8):
     official code runs this CLIP in half precision, here it is float32. find.engine says whose detector it is.
     find raises ValueError for a meta that check_meta refuses and for images that have not three channels.
     """
-    net = read_detector(weights_of("mask2former", weights), device)
-    directory = weights_of("clip-l14", weights)
+    detector, directory = weights_of("mask2former", weights), weights_of("clip-l14", weights)
+    net = read_detector(detector, device)
     clip, tokenize = read_clip(directory, "L/14", device), models.CLIPTokenizer(directory)
 
     @functools.cache
@@ -3193,9 +3193,10 @@ def parser_of(description, **options):
 
 
 def proxy_command(argv):
-    parser = parser_of("How tiny-clip was made.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = parser_of("How tiny-clip was made.", prog="rewards.py train-proxy",
+                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--out", default=str(HERE / "tests" / "tiny-clip"), help="the model's directory, transformers' layout")
+    add("--out", default="runs/tiny-clip", help="the model's directory, transformers' layout")
     add("--images", type=int, default=240_000, help="training images in all")
     add("--batch", type=int, default=128, help="images that a caption is told apart from")
     add("--lr", type=float, default=3e-3, help="the peak rate")
@@ -3206,7 +3207,7 @@ def proxy_command(argv):
 
 
 def geneval_command(argv):
-    parser = parser_of(score_geneval.__doc__.splitlines()[0])
+    parser = parser_of(score_geneval.__doc__.splitlines()[0], prog="rewards.py geneval")
     parser.add_argument("folder", help="holds 00000/metadata.jsonl, 00000/samples/0000.png and so on")
     parser.add_argument("--weights", help="the directory of the reward networks' weights")
     args = parser.parse_args(argv)
@@ -3237,7 +3238,7 @@ def folder_command(argv):
 
 
 def bench_command(argv):
-    parser = parser_of(bench.__doc__.splitlines()[0])
+    parser = parser_of(bench.__doc__.splitlines()[0], prog="rewards.py bench")
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, sd35m, flux, sd14, a directory in diffusers' layout, or a run's folder")
     add("--lora", help="a LoRA file: of these scripts, of diffusers or of peft")

@@ -203,7 +203,7 @@ SHORT = "--init random --steps 2 --eval-every 0 --eval-images 1 --val-images 1 -
 
 
 def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
+    if {"-h", "--help"} & set(argv):
         sys.exit(print(__doc__))
     if len(argv) > 1 and argv[0] in ("ours", *bench.PEERS):
         first = 2 + (len(argv) > 2 and not argv[2].startswith("-"))    # proxt2i's stage
