@@ -1356,8 +1356,8 @@ def cli(config, presets, argv=None, defaults=None, restarts=True):
     family = models.family(model, given.get("weights", ""))
     if preset != "tiny":
         if family not in values:
-            raise ValueError(f"this script's --preset {preset} has no numbers for --model {model}, only for "
-                             f"{', '.join(values)}, as a directory's model_index.json says; without --preset: tiny's")
+            raise ValueError(f"this script's --preset {preset} has no numbers for --model {model}: it knows "
+                             f"{', '.join(values)} (by model_index.json); a directory without --preset takes tiny's")
         values = values[family]
     own = values.get("method")                                         # the preset's, if it has one
     method = given.get("method") or own or config.method
