@@ -251,46 +251,46 @@ def network(name, images, pixels, device):
 
 
 def captured(net, args):
-    """net as a CUDA graph, captured once: a function of new x and t, whose result the next call overwrites."""
+    """net as a CUDA graph: a function of new x and t, whose result the next call overwrites; the GB that it keeps."""
     args, side = [arg if arg is None else arg.clone() for arg in args], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):                                               # what libraries set up at their first calls
             net(*args)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
+    with torch.cuda.graph(graph, stream=side):                           # whose workspaces are there already
         out = net(*args)
+    torch.cuda.empty_cache()                                             # all but the graph's own memory
+    kept = (torch.cuda.memory_reserved() - before) / 2 ** 30
 
     def replay(x, t):
         args[0].copy_(x)
         args[1].copy_(t)
         graph.replay()
         return out
-    return replay
+    return replay, kept
 
 
 @torch.no_grad()
 def captured_time(net, args):
     """A pass's wall time in ms, launched op by op and as a CUDA graph, and the memory that the graph keeps, in GB."""
-    for _ in range(3):
-        net(*args)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    replay, times = captured(net, args), ([], [])
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()                                             # all but the graph's own memory
-    kept = (torch.cuda.memory_reserved() - before) / 2 ** 30
-    for _ in range(7):
+    (replay, kept), times = captured(net, args), ([], [])
+
+    def seconds(f, calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            f()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+    net(*args)
+    calls = max(1, min(10, int(0.3 / seconds(lambda: net(*args), 1))))
+    for _ in range(5):
         for f, seen in zip((lambda: net(*args), lambda: replay(*args[:2])), times):
             f()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(10):
-                f()
-            torch.cuda.synchronize()
-            seen.append(100 * (time.perf_counter() - start))             # ms a pass
+            seen.append(1000 * seconds(f, calls))
     return *map(statistics.median, times), kept
 
 
@@ -304,8 +304,10 @@ def graphs(runs=GRAPHS):
         print(f"{name:<8}{images:>7}{pixels:>5}", end="", flush=True)
         try:
             eager, graph, kept = captured_time(*network(name, images, pixels, device))
-            print(f"{eager:>10.2f}{graph:>10.2f}{eager / graph:>8.2f}x{kept:>10.1f}", flush=True)
-        except torch.OutOfMemoryError:
+            print(f"{eager:>10.2f}{graph:>10.2f}{eager / graph:>8.2f}x{kept:>10.2f}", flush=True)
+        except RuntimeError as error:
+            if torch.OutOfMemoryError not in (type(error), type(error.__context__)):       # a capture's end raises, too
+                raise
             print("  more than this GPU's memory", flush=True)
         torch.cuda.empty_cache()
 

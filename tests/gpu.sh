@@ -55,6 +55,13 @@ p = torch.cuda.get_device_properties(0)
 print(f"{p.name}, {p.total_memory >> 30} GiB, sm_{p.major}{p.minor}, PyTorch {torch.__version__}, "
       f"CUDA {torch.version.cuda}")
 END
+"$python" - <<'END'
+import importlib.util
+import torch
+q = torch.zeros(1, 24, 1024, 64, device="cuda", dtype=torch.bfloat16)
+print("diffusers, to compare with:", "there" if importlib.util.find_spec("diffusers") else "missing")
+print("attention, if PyTorch may choose:", torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name)
+END
 kernels=(tests/test_csrc.py tests/test_loop.py) bench=("$python" csrc/bench.py)
 pytest=("$python" -m pytest -v --continue-on-collection-errors -o faulthandler_timeout=120)
 step build "build the fused ops" 180 "$python" csrc/ops.py build
