@@ -442,6 +442,90 @@ def test_rl_runs_and_its_first_ratio_is_one(method, fresh, tmp_path, capsys, mon
     assert not torch.equal(again.pos_embed, models.UViT.from_pretrained(fresh / method / "transformer").pos_embed)
 
 
+def watched(monkeypatch, *calls):
+    """What a run's calls of (owner, name) answer, or what `kept` makes of it, by name; "update": its gradients; and the
+    weights before it, after it and their average. Nothing is evaluated or saved."""
+    seen, update = {"update": []}, data.Run.update
+
+    def watch(owner, name, kept=lambda args, out: out):
+        honest = getattr(owner, name)
+
+        def call(*args, **named):
+            out = honest(*args, **named)
+            seen.setdefault(name, []).append(kept(args, out))
+            return out
+        monkeypatch.setattr(owner, name, call)
+    for call in calls:
+        watch(*call)
+    monkeypatch.setattr(data.Run, "update", lambda self, opt, params, *rest: (
+        seen["update"].append([p.grad.clone() for p in params]), update(self, opt, params, *rest))[1])
+    monkeypatch.setattr(data, "finish", lambda run, start: seen.update(start=start, params=run.params, ema=run.ema))
+    return seen
+
+
+@pytest.mark.parametrize("method", ("prox", "score"))
+def test_an_update_of_rl_by_hand(method, fresh, tmp_path, capsys, monkeypatch, reward_file):
+    """Gradients of the whole objective, Gaussians by torch.distributions; then clipping, AdamW and the average."""
+    seen = watched(monkeypatch, (data.Run, "groups", lambda args, out: out[0]), (proxt2i, "rollout"),
+                   (proxt2i, "group_advantage"))
+    monkeypatch.chdir(tmp_path)
+    line = ["rl", "--method", method, "--model", fresh / method, "--steps", 1, "--groups", 2, "--group-size", 5,
+            "--updates", 2, "--micro-batch", 3, "--sample-steps", 4, "--candidates", 6, "--train-last", 0,
+            "--train-steps", 0, "--kl-beta", 50, "--hold", 7, "--clip-range", .002, "--cfg-rollout", 2, "--cfg-train",
+            2, "--cfg-ref", 2, "--ema", .6, "--lr", 1e-3, "--weight-decay", .1, "--max-grad-norm", .01, "--reward",
+            f"{reward_file}:red", "--eval-reward", f"{reward_file}:red", "--dtype", "float64", "--out", "out", *SMALL]
+    proxt2i.main([*map(str, line)])
+    states, logp_old = (torch.cat([out[0] for out in seen["rollout"]], 1),
+                        {k: torch.cat([out[1][k] for out in seen["rollout"]]) for k in (4, 3, 2)})
+    (prompts,), (adv, *_) = seen["groups"], seen["group_advantage"]
+    policy, reference = (models.load(fresh / method, dtype=torch.float64) for _ in range(2))
+    weights, null = list(policy.net.parameters()), policy.encode_text([""])
+    hand, average = [p.clone().requires_grad_() for p in seen["start"]], [p.clone() for p in seen["start"]]
+    opt = torch.optim.AdamW(hand, lr=1e-3, weight_decay=.1)
+    sums = dict(loss=0, kl=0, hold=0)
+    for u in range(2):                                                 # each trains on one of the two groups
+        own = slice(5 * u, 5 * u + 5)
+        with torch.no_grad():
+            for p, value in zip(weights, hand):
+                p.copy_(value)
+        for p in weights:
+            p.requires_grad_()
+        ask, ask_ref = (proxt2i.answer_of(method, pipe.net, pipe.encode_text(prompts[own]), null, 2.0)
+                        for pipe in (policy, reference))
+        loss, kl = [], []
+        for k in (4, 3, 2):
+            state, after = states[4 - k, own], states[5 - k, own]
+            ours, theirs = (torch.distributions.Normal(*proxt2i.kernel(method, f, state, k, 4)) for f in (ask, ask_ref))
+            ratio = (ours.log_prob(after).flatten(1).mean(1) - logp_old[k][own]).exp()
+            loss.append(-torch.minimum(ratio * adv[own], ratio.clamp(.998, 1.002) * adv[own]).mean())
+            kl.append(torch.distributions.kl_divergence(ours, theirs).mean())
+        few = [5 * u, 5 * u + 4]                                       # a quarter of five images
+        ask, ask_ref = (proxt2i.answer_of(method, pipe.net, pipe.encode_text([prompts[j] for j in few]), null, 2.0)
+                        for pipe in (policy, reference))
+        eps = data.noises((3, 28, 28), [(0, 0, j, "hold") for j in few], "cpu", torch.float64)
+        gamma, a = proxt2i.beta_integral(0, 1 / 6), proxt2i.alpha_bar(1 / 6)
+        y = states[-1, few] + gamma ** .5 * eps if method == "prox" else a ** .5 * states[-1, few] + (1 - a) ** .5 * eps
+        landed, landed_ref = (f(y, 0, gamma) if method == "prox" else y + gamma * (y / 2 + f(y, 1 / 6))
+                              for f in (ask, ask_ref))
+        hold = (landed - landed_ref.detach()).square().mean()
+        loss, kl = sum(loss) / 3, sum(kl) / 3
+        assert u == 0 or (kl > 1e-6 and hold > 1e-6)
+        for p, want, g in zip(hand, torch.autograd.grad(loss + 50 * kl + 7 * hold, weights), seen["update"][u]):
+            torch.testing.assert_close(g, want, rtol=1e-6, atol=1e-9)
+            p.grad = want
+        for key, value in dict(loss=loss, kl=kl, hold=hold).items():
+            sums[key] += value.item() / 2
+        norm = torch.nn.utils.clip_grad_norm_(hand, .01).item()
+        opt.step()
+        for m, p in zip(average, hand):
+            m += .4 * (p.detach() - m)
+    row = json.loads(Path("out/metrics.jsonl").read_text())
+    assert {key: row[key] for key in sums} == pytest.approx(sums, rel=1e-6) and row["grad_norm"] == pytest.approx(norm)
+    for p, q, m, e in zip(hand, seen["params"], average, seen["ema"], strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(m, e)
+
+
 def test_other_log_probs_than_the_rollouts_are_refused(fresh, tmp_path, capsys, monkeypatch, reward_file):
     """Before the first update: beyond a tenth of the clip range the same weights have to give the same."""
     monkeypatch.chdir(tmp_path)
@@ -538,23 +622,10 @@ def saved_as(out):
     ("prox", "noise", 0), ("prox", "v", 298), ("score", "noise", 0), ("score", "v", 0)))
 def test_what_training_asks_of_the_network_and_how_it_follows(method, predict, first, tmp_path, monkeypatch):
     """Inputs and targets against closed forms; then clipping, rate, AdamW and average by hand, from its gradients."""
-    seen, begin = {}, data.Run.begin
-
-    def watch(owner, name, after=lambda args, out: out, before=lambda args: None):
-        honest = getattr(owner, name)
-
-        def call(*args, **named):
-            old = before(args)
-            out = honest(*args, **named)
-            seen.setdefault(name, []).append(after(args, out) if old is None else old)
-            return out
-        monkeypatch.setattr(owner, name, call)
-    watch(data, "encoded", lambda args, out: out[0])
-    watch(data, "noises")
-    watch(proxt2i, "guided", lambda args, out: (args[1], args[2], args[3]))
-    watch(proxt2i, "matching_loss", lambda args, out: (*args[2:], out.detach()))
-    watch(data.Run, "update", before=lambda args: [p.grad.clone() for p in args[2]])
-    monkeypatch.setattr(data, "finish", lambda run, start: seen.update(start=start, params=run.params, ema=run.ema))
+    begin, seen = data.Run.begin, watched(
+        monkeypatch, (data, "encoded", lambda args, out: out[0]), (data, "noises"),
+        (proxt2i, "guided", lambda args, out: args[1:4]),
+        (proxt2i, "matching_loss", lambda args, out: (*args[2:], out.detach())))
     monkeypatch.setattr(data.Run, "begin", lambda self, *args, **named: (
         begin(self, *args, **named), self.count.update(step=first)))
     monkeypatch.chdir(tmp_path)
@@ -564,7 +635,7 @@ def test_what_training_asks_of_the_network_and_how_it_follows(method, predict, f
             "--max-grad-norm", .02, "--optimizer", "adamw", "--dtype", "float64", "--out", "out", *SMALL]
     proxt2i.main([*map(str, line)])
     hand = [p.clone().requires_grad_() for p in seen["start"]]
-    opt, mean = torch.optim.AdamW(hand, weight_decay=.1), [p.clone() for p in seen["start"]]
+    opt, average = torch.optim.AdamW(hand, weight_decay=.1), [p.clone() for p in seen["start"]]
     for step, x_0, grads in zip(range(4), seen["encoded"], seen["update"], strict=True):
         noise, eps = seen["noises"][2 * step:2 * step + 2]
         scaled, t, lam = (None if parts[0] is None else torch.cat(parts)
@@ -606,9 +677,9 @@ def test_what_training_asks_of_the_network_and_how_it_follows(method, predict, f
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-6) and norm > .02
         opt.param_groups[0]["lr"] = .03 * ((1, 1, 1, 2 / 3)[step] if first else (step + 1) / 200)
         opt.step()
-        for m, p in zip(mean, hand):
+        for m, p in zip(average, hand):
             m += max(.4, 1 / (first + step + 1)) * (p.detach() - m)
-    for p, q, m, e in zip(hand, seen["params"], mean, seen["ema"], strict=True):
+    for p, q, m, e in zip(hand, seen["params"], average, seen["ema"], strict=True):
         torch.testing.assert_close(p, q)
         torch.testing.assert_close(m, e)
 
