@@ -823,6 +823,71 @@ def test_the_updates_of_one_rollout_share_its_groups(flags, monkeypatch):
     assert max((x - y).abs().max() for x, y in zip(a, b)) > 1e-3
 
 
+@pytest.mark.parametrize("kind, form, detach", (
+    ("flow", "gaussian", False), ("flow", "flow-grpo", True), ("dance", "velocity", False), ("cps", "gaussian", False)))
+def test_an_update_of_grpo_by_hand(kind, form, detach, flags, random_model, monkeypatch):
+    """Gradients of the whole guided objective of two updates, the Gaussians by torch.distributions; then AdamW."""
+    seen, kept, honest = watched(monkeypatch), {}, {}
+    for owner, name in ((data.Run, "groups"), (grpo, "rollout"), (grpo, "group_advantage")):
+        honest[name] = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name: kept.setdefault(name, []).append(
+            honest[name](*args)) or kept[name][-1])
+    _, [row], state = run(grpo, flags(
+        steps=1, groups=2, group_size=3, updates=2, micro_batch=2, sample_steps=5, train_steps=2, sde=kind,
+        kl_form=form, cfg_detach=detach, kl_beta=3, clip_range=.01, noise_level=.5, cfg_rollout=2, cfg_train=2,
+        cfg_ref=2, lr=1e-2, weight_decay=.1, max_grad_norm=.05, ema=.6, dtype="float64", schedule="sd3", shift=3.0))
+    x = torch.cat([part[0] for part in kept["rollout"]], 1)
+    (prompts, _), adv = kept["groups"][0], kept["group_advantage"][0]
+    choice = data.uniform(5, 0, 0, "steps")
+    trained = sorted(range(4), key=choice.__getitem__)[:2]             # never the last
+    policy, reference = (models.load("", random_model, torch.float64) for _ in range(2))
+    ts, null = policy.times(5, "sd3", 3.0), policy.encode_text([""])
+    weights = list(policy.net.requires_grad_().parameters())
+    hand, average = ([p.detach().clone() for p in weights] for _ in range(2))
+    opt = torch.optim.AdamW(hand, lr=1e-2, weight_decay=.1)
+
+    def gaussian(net, x, i, ctx):
+        """The step's Gaussian, and v, as in Flow-GRPO, Eq. 9, DanceGRPO and Flow-CPS."""
+        t, dt = ts[i], ts[i + 1] - ts[i]
+        times = torch.full((len(x),), t, dtype=x.dtype)
+        uncond = net(x, times, *(n.expand_as(c) for n, c in zip(null, ctx)))
+        uncond = uncond.detach() if detach else uncond
+        v = uncond + 2 * (net(x, times, *ctx) - uncond)
+        clean, noise = x - t * v, x + (1 - t) * v
+        if kind == "cps":
+            std, rest = (ts[i + 1] * f(.25 * math.pi) for f in (math.sin, math.cos))
+            return torch.distributions.Normal((1 - ts[i + 1]) * clean + rest * noise, std), v
+        s = .5 * math.sqrt(t / (1 - (ts[1] if t == 1 else t))) if kind == "flow" else .5
+        return torch.distributions.Normal(x + (v + s ** 2 / (2 * t) * noise) * dt, s * (-dt) ** .5), v
+    sums = [0, 0]
+    for u, (grads, after) in enumerate(seen):                          # each trains on one of the two groups
+        own = slice(3 * u, 3 * u + 3)
+        ctx, losses, kls = policy.encode_text(prompts[own]), [], []
+        for i in trained:
+            ours, v = gaussian(policy.net, x[i, own], i, ctx)
+            with torch.no_grad():
+                theirs, v_ref = gaussian(reference.net, x[i, own], i, ctx)             # it sampled, too
+            ratio = (ours.log_prob(x[i + 1, own]) - theirs.log_prob(x[i + 1, own])).flatten(1).mean(1).exp()
+            losses.append(-torch.minimum(ratio * adv[own], ratio.clamp(.99, 1.01) * adv[own]).mean())
+            kls.append((v - v_ref).square().mean() if form == "velocity" else
+                       torch.distributions.kl_divergence(ours, theirs).mean() *
+                       (ts[i] - ts[i + 1] if form == "flow-grpo" else 1))
+        loss, kl = sum(losses) / 2, sum(kls) / 2
+        assert u == 0 or kl > 1e-6
+        for p, want, g in zip(hand, torch.autograd.grad(loss + 3 * kl, weights, materialize_grads=True), grads):
+            torch.testing.assert_close(g, want, rtol=1e-6, atol=1e-9)
+            p.grad = want
+        sums = [total + value.item() / 2 for total, value in zip(sums, (loss, kl))]
+        norm = torch.nn.utils.clip_grad_norm_(hand, .05).item()
+        opt.step()
+        for p, mine, a, b in zip(weights, hand, average, after):
+            torch.testing.assert_close(b, mine)
+            p.data.copy_(mine)
+            a += .4 * (mine - a)
+    assert [row["loss"], row["kl"]] == pytest.approx(sums, rel=1e-6) and row["grad_norm"] == pytest.approx(norm)
+    assert all((a - e).abs().max() < 1e-9 for a, e in zip(average, state["ema"]))
+
+
 # ============================================================================================================ counters
 
 @contextlib.contextmanager
