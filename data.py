@@ -2725,7 +2725,7 @@ def picture(path, rows, captions, titles, scale=3):
         draw.multiline_text((left + j * (side + pad), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1)
     for i, (images, title) in enumerate(zip(rows, titles)):
         top = text + i * (side + pad)
-        draw.text((2, top + side // 2 - 6), title, fill="black", font=font)
+        draw.multiline_text((2, top + side // 2), "\n".join(textwrap.wrap(title, 9)), "black", font, "lm", spacing=1)
         tiles = (images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1) * 255).round().byte().numpy()
         for j, tile in enumerate(tiles[:len(captions)]):
             sheet.paste(Image.fromarray(tile).resize((side, side), Image.NEAREST if size < 128 else Image.LANCZOS),

@@ -268,8 +268,8 @@ def draw_pairs(u, candidates, scheme="hybrid"):
 def prox_logp(y_next, prox_y, gamma_next):
     """log N(y_next; (1 + gamma_next/2) prox_y, gamma_next I), Eq. (7), a mean over dimensions, in nats.
 
-    y_next, prox_y: (B, C, H, W) float32; gamma_next: the next step's, a float > 0. Returns (B,). Here to be
-    read: RL has the same from `kernel` and ops.linear_step, for score models, too. Source: ProxT2I, Eq. 9.
+    y_next, prox_y: (B, C, H, W) float32; gamma_next: the next step's, a float > 0. Returns (B,). RL has
+    the same from `kernel` and ops.linear_step, which serve score models, too. Source: ProxT2I, Eq. 9.
     """
     return gaussian_logp(y_next, (1 + gamma_next / 2) * prox_y, math.sqrt(gamma_next))
 

@@ -1309,6 +1309,14 @@ def test_prompts_from_a_file(flags, monkeypatch):
     assert last["steps"] == 2 and evals("out")[-1]["tags"].keys() == {"all"} and len(read) == 1
 
 
+def test_a_long_title_is_not_cut(tmp_path):
+    """Of two that differ in their last word each keeps it, left of the images."""
+    for name in ("sde-mean 4", "sde-mean 10"):
+        data.picture(tmp_path / name, [torch.zeros(1, 3, 28, 28)], ["a ring"], [name])
+    one, two = (np.asarray(Image.open(tmp_path / name)) for name in ("sde-mean 4", "sde-mean 10"))
+    assert not np.array_equal(one[:, :56], two[:, :56]) and np.array_equal(one[:, 56:], two[:, 56:])
+
+
 def test_a_strip_of_many_sheets_keeps_the_first_and_the_last(tmp_path):
     for n in (1, 2, 60, 150):
         for i in range(n):
