@@ -2,6 +2,7 @@
 lift."""
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1326,6 +1327,34 @@ def test_a_strip_of_many_sheets_keeps_the_first_and_the_last(tmp_path):
             assert page.height == data.HEADER + 3 * min(n, 60)
             seen = [page.getpixel((4, data.HEADER + 3 * i + 1))[0] for i in range(min(n, 60))]
         assert seen[0] == 0 and seen[-1] == n - 1 and {b - a for a, b in zip(seen, seen[1:])} <= {1, 2, 3}
+
+
+def test_a_picture_shows_its_images_as_they_are(tmp_path):
+    """Small ones thrice as large, pixel by pixel, in the order of rows and captions; large ones at less than 256."""
+    rows = [torch.rand(2, 3, 28, 28).mul(255).round() / 255 for _ in range(2)]
+    data.picture(tmp_path / "a.png", rows, ["a ring", "a star"], ["one", "two"])
+    page = np.asarray(Image.open(tmp_path / "a.png"))
+    for i, j in itertools.product(range(2), repeat=2):
+        y, x = data.HEADER + i * 90, 58 + j * 90
+        shown = torch.tensor(page[y:y + 84, x:x + 84] / 255).permute(2, 0, 1).view(3, 28, 3, 28, 3)
+        torch.testing.assert_close(shown, rows[i][j].double()[:, :, None, :, None].expand_as(shown), atol=1e-6, rtol=0)
+    grey = torch.linspace(0, 1, 512).expand(1, 3, 512, 512)
+    data.picture(tmp_path / "b.png", [grey], ["a ring"], ["one"])
+    shown = np.asarray(Image.open(tmp_path / "b.png"))[data.HEADER:-6, 58:-6]              # 6: between two images
+    assert shown.shape == (170, 170, 3) and abs(shown - np.linspace(0, 255, 170)[:, None]).max() < 2
+
+
+def test_a_curve_goes_where_its_axis_says(tmp_path):
+    """The ends of each panel, from its least to its greatest x, and the lowest and highest tick; the mean of two."""
+    data.chart(tmp_path / "a.png", {
+        "steps": {"up": [[(0, 0), (1, 1)]] * 2, "mean": [[(0, 1), (1, 1)], [(0, 0), (1, 0)]]},
+        "minutes": {"mean": [[(2, 4), (6, 0)]]}})
+    page = np.asarray(Image.open(tmp_path / "a.png"))[:300]            # without the legend
+    for ink, left, ends in ((0, 0, (260, 12)), (1, 0, (136, 136)), (1, 420, (12, 260))):
+        y, x = (page[:, left:left + 420] == data.INKS[ink]).all(2).nonzero()
+        assert abs(min(x) - 46) <= 1 and abs(max(x) - 406) <= 1
+        for column in range(50, 404, 25):                              # none of them at the crossing of two curves
+            assert abs(np.interp(column, (46, 406), ends) - y[x == column].mean()) < 1.5
 
 
 # =============================================================================================================== lift
