@@ -504,7 +504,7 @@ def test_borders(tmp_path):
 
 def test_what_is_written(tmp_path, server, capsys):
     source = rows(tmp_path / "in" / "00007.tar", one("0", url="u", caption="old 0"),
-                  {"1.webp": picture("blue", (300, 300), "WEBP")}, one("2", color="green"))
+                  {"1.webp": picture("blue", (300, 300), "WEBP")}, one("2", (2000, 1500), color="green"))
     asked = []
 
     def answer(text, image, n):
@@ -519,7 +519,7 @@ def test_what_is_written(tmp_path, server, capsys):
                                            "caption_model": "vlm"}
     assert after["1.txt"].decode() == CAPTION and "original_caption" not in json.loads(after["1.json"])
     assert {text for text, _ in asked} == {data.CAPTION_PROMPT}
-    assert {size for _, size in asked} == {(256, 256), (300, 300)}
+    assert {size for _, size in asked} == {(256, 256), (300, 300), (1024, 768)}
     assert capsys.readouterr().out.split() == ["3", "kept"]
     assert keys(Images(tmp_path / "out", 16, epochs=1, shuffle=False)) == ["0", "1", "2"]
     curate(tmp_path / "out", tmp_path / "again", "--no-caption", "--no-aesthetic")

@@ -190,6 +190,8 @@ def test_rectangles_and_crops():
     assert size.tolist() == [pytest.approx([7, 7], abs=.01), pytest.approx([60, 16], abs=1.5)]
     assert axes[0].tolist() == [[1, 0], [0, 1]]
     assert math.atan2(axes[1, 0, 1], axes[1, 0, 0]) == pytest.approx(turn, abs=math.radians(.6))
+    disc = (y.square() + x.square() <= 15**2)[None]                    # as wide in any direction: about upright
+    assert rewards.rectangles(disc)[4][0, 0, 0] > math.cos(math.radians(15))
     box = rewards.corners(centre, size + 8, axes)[1]
     upright = rewards.crop(mask[1, None].float(), box, 24, 68)[0]
     assert upright[5:-5, 5:-5].min() > .99 and max(upright[0].max(), upright[:, 0].max(), upright[-1].max()) < .01

@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_world_batch_is_indexable_and_its_captions_are_noisy_by_task():
     assert abs(related - (1 - data.NO_RELATION - data.WRONG_RELATION)) < .06
     counted = share("counting", lambda c, m: data.NUMBERS[m["include"][0]["count"]] in c)
     assert abs(counted - (1 - data.COUNT_OFF - data.COUNT_VAGUE)) < .06
+    both = share("two_object", lambda c, m: {o["class"] for o in m["include"]} <= set(c))
+    assert abs(both - (1 - data.DROP_SECOND) * (1 - data.WRONG_CLASS * (1 - 1 / len(data.SHAPES)))) < .06
+
+    said = []                                                          # each object's colour: right, wrong or None
+    for caption, meta in pairs:
+        if meta["tag"] == "color_attr" and all(o["class"] in caption.split() for o in meta["include"]):
+            found = (re.search(rf"(\w*) ?\b{o['class']}\b(?: in (\w+))?", caption).groups() for o in meta["include"])
+            found = [next((word for word in words if word in data.COLORS), None) for words in found]
+            said.append([word and word == o["color"] for word, o in zip(found, meta["include"])])
+    spoiled = {(False, False): data.SWAP_COLORS, (None, None): data.DROP_COLORS, (True, None): data.DROP_COLOR / 2,
+               (None, True): data.DROP_COLOR / 2}
+    for colors, probability in spoiled.items():
+        assert abs(said.count(list(colors)) / len(said) - probability) < .06, colors
+    assert abs(said.count([True, True]) / len(said) - (1 - sum(spoiled.values()))) < .06
 
 
 def test_prompts_from_files(tmp_path):
